@@ -47,18 +47,18 @@ def imported_modules(module, modules=MODULES):
     """The modules of the package that a module imports, including imports inside functions and for type checking."""
     source = ast.parse(modules[module].read_text(encoding="utf-8"))
     home = module.split(".") if modules[module].name == "__init__.py" else module.split(".")[:-1]
-    found = set()
+    result = set()
     for node in ast.walk(source):
         if isinstance(node, ast.Import):
-            found.update(alias.name for alias in node.names if alias.name.split(".")[0] == "equipoise")
+            result.update(alias.name for alias in node.names if alias.name.split(".")[0] == "equipoise")
         elif isinstance(node, ast.ImportFrom):
             base = home[: len(home) - node.level + 1] if node.level else []
             target = ".".join([*base, *([node.module] if node.module else [])])
             if target.split(".")[0] == "equipoise":
                 # "from . import x" imports the module x if it exists, else a name of __init__.
                 inner = {f"{target}.{alias.name}" for alias in node.names}
-                found.update(inner & set(modules) or {target})
-    return found - {module}
+                result.update(inner & set(modules) or {target})
+    return result - {module}
 
 
 def test_all_import_forms_are_detected(tmp_path):
@@ -136,12 +136,12 @@ def public_names():
 
 def definitions(kind):
     """name -> modules that define a class or function of this name at top level."""
-    found = collections.defaultdict(list)
+    result = collections.defaultdict(list)
     for module, file in MODULES.items():
         for node in ast.parse(file.read_text(encoding="utf-8")).body:
             if isinstance(node, kind) and not node.name.startswith("__"):
-                found[node.name].append(module)
-    return found
+                result[node.name].append(module)
+    return result
 
 
 def test_root_package_is_small():

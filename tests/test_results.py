@@ -20,8 +20,8 @@ def run_result(method, seed, fold=None, **metrics):
 
 
 def summary_row(rows, method, metric="accuracy"):
-    (found,) = [r for r in rows if (r["method"], r["metric"]) == (method, metric)]
-    return found
+    (result,) = [r for r in rows if (r["method"], r["metric"]) == (method, metric)]
+    return result
 
 
 def test_environment_contains_no_user_or_path(monkeypatch):
@@ -52,13 +52,13 @@ def test_interval_of_three_pairs_touches_zero_at_p_of_five_percent():
         for s, d in enumerate(differences)
         for r in (run_result("joint", s, accuracy=0.2), run_result("joint+x", s, accuracy=0.2 + d))
     ]
-    found = summary_row(result_rows.summarize_runs(runs), "joint+x")
+    result = summary_row(result_rows.summarize_runs(runs), "joint+x")
     t = 0.3 / (0.2 / math.sqrt(3))
-    assert found["p"] == pytest.approx(1 - t / math.sqrt(2 + t * t))
+    assert result["p"] == pytest.approx(1 - t / math.sqrt(2 + t * t))
     # Two degrees of freedom: the 97.5 % point solves t / sqrt(2 + t^2) = 0.95.
     point = math.sqrt(2 * 0.95**2 / (1 - 0.95**2))
-    assert found["high"] - found["difference"] == pytest.approx(point * 0.2 / math.sqrt(3))
-    assert found["low"] == pytest.approx(2 * found["difference"] - found["high"])
+    assert result["high"] - result["difference"] == pytest.approx(point * 0.2 / math.sqrt(3))
+    assert result["low"] == pytest.approx(2 * result["difference"] - result["high"])
 
 
 def test_pairs_share_seed_and_fold():
@@ -67,9 +67,9 @@ def test_pairs_share_seed_and_fold():
     runs = [
         run_result(m, s, f, accuracy=a) for m, part in (("joint", joint), ("joint+x", balanced)) for f, s, a in part
     ]
-    found = summary_row(result_rows.summarize_runs(runs), "joint+x")
-    assert (found["n"], found["pairs"]) == (3, 2)
-    assert found["difference"] == pytest.approx((0.2 + 0.1) / 2)
+    result = summary_row(result_rows.summarize_runs(runs), "joint+x")
+    assert (result["n"], result["pairs"]) == (3, 2)
+    assert result["difference"] == pytest.approx((0.2 + 0.1) / 2)
 
 
 def test_r_is_not_compared_across_corrupted_modalities():
@@ -86,9 +86,9 @@ def test_equal_differences_and_single_runs_have_no_p():
     equal = [
         run_result(m, s, accuracy=0.1 * s + 0.1 * (m == "joint+x")) for m in ("joint", "joint+x") for s in range(3)
     ]
-    found = summary_row(result_rows.summarize_runs(equal), "joint+x")
-    assert found["p"] is None
-    assert found["difference"] == pytest.approx(0.1)
+    result = summary_row(result_rows.summarize_runs(equal), "joint+x")
+    assert result["p"] is None
+    assert result["difference"] == pytest.approx(0.1)
     once = summary_row(result_rows.summarize_runs(equal[2:4]), "joint+x")
     assert (once["sd"], once["p"], once["n"]) == (None, None, 1)
     assert once["difference"] is None  # no seed in common

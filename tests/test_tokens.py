@@ -16,12 +16,12 @@ LENGTHS = {"audio": 7, "image": 2, "text": 11}
 
 def random_sequences(seed=0, masked=(), timed=False):
     random = torch.Generator().manual_seed(seed)
-    made = {}
+    result = {}
     for name, length in LENGTHS.items():
         mask = torch.rand(BATCH, length, generator=random) < 0.6 if name in masked else None
         times = torch.rand(BATCH, length, generator=random) if timed else None
-        made[name] = Tokens(torch.randn(BATCH, length, DIM, generator=random), mask=mask, times=times)
-    return made
+        result[name] = Tokens(torch.randn(BATCH, length, DIM, generator=random), mask=mask, times=times)
+    return result
 
 
 @pytest.mark.parametrize("masked", [(), ("image",), ("audio", "image", "text")])

@@ -47,11 +47,11 @@ def outputs_and_gradients(case):
 @pytest.mark.parametrize("fill", [math.nan, math.inf, -math.inf, 3e38])
 def test_masked_values_do_not_change_outputs(name, number, fill):
     case = CASES[name][number]
-    (wanted, slopes), (made, found) = (
+    (expected, slopes), (result, actual) = (
         outputs_and_gradients(case(torch.float64, 0.0)),
         outputs_and_gradients(case(torch.float64, fill)),
     )
-    for part, other in [*zip(made, wanted, strict=True), *zip(found, slopes, strict=True)]:
+    for part, other in [*zip(result, expected, strict=True), *zip(actual, slopes, strict=True)]:
         assert (part is None) == (other is None)
         if part is not None:
             assert part.isfinite().all()
@@ -74,9 +74,9 @@ def test_gradients(name, number):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(name, number, dtype):
     """Module and inputs in half precision; losses and statistics are float32."""
-    wanted, _ = outputs_and_gradients(CASES[name][number](torch.float64, 0.0))
-    made, slopes = outputs_and_gradients(CASES[name][number](dtype, 0.0))
-    for part, other in zip(made, wanted, strict=True):
+    expected, _ = outputs_and_gradients(CASES[name][number](torch.float64, 0.0))
+    result, slopes = outputs_and_gradients(CASES[name][number](dtype, 0.0))
+    for part, other in zip(result, expected, strict=True):
         error = (part.double() - other).norm() / other.norm().clamp(min=0.1)
         assert error < 4 * TOL[torch.bfloat16]["rtol"]
         if name in LOSSES:
@@ -86,11 +86,11 @@ def test_half_precision(name, number, dtype):
 
 @every
 def test_autocast(name, number):
-    wanted, _ = outputs_and_gradients(CASES[name][number](torch.float32, 0.0))
+    expected, _ = outputs_and_gradients(CASES[name][number](torch.float32, 0.0))
     with torch.autocast("cpu", torch.bfloat16):
         case = CASES[name][number](torch.float32, math.nan)
-        made, slopes = outputs_and_gradients(case)
-    for part, other in zip(made, wanted, strict=True):
+        result, slopes = outputs_and_gradients(case)
+    for part, other in zip(result, expected, strict=True):
         error = (part.double() - other.double()).norm() / other.double().norm().clamp(min=0.1)
         # Modules without layers introduce no rounding.
         assert error < (1e-5 if case.module is None and name != "splice" else 4 * TOL[torch.bfloat16]["rtol"])
@@ -169,9 +169,9 @@ class TestNoValidSamples:
             a, b = normal(rows, 4), normal(rows, 4, seed=1)
             self.zero(loss(a, b, ids=ids), a, b, *loss.parameters())
 
-    @pytest.mark.parametrize("made", [InfoNCE, SigLIP])
-    def test_no_positive_pair(self, made):
-        loss = made(widths={"a": 4, "b": 4}, dim=3)
+    @pytest.mark.parametrize("model", [InfoNCE, SigLIP])
+    def test_no_positive_pair(self, model):
+        loss = model(widths={"a": 4, "b": 4}, dim=3)
         a, b = (torch.full((2, 4), math.nan).requires_grad_() for _ in range(2))
         here = torch.tensor([True, False])
         self.zero(loss({"a": a, "b": b}, present={"a": here, "b": ~here}), a, b, *loss.parameters())
@@ -232,13 +232,13 @@ class TestNoValidSamples:
         matrix = consistency.supermatrix_from_tokens([part, part], masks=[mask, mask], temperature=1.0)
         assert float(consistency.cycle_error(matrix, num_modalities=2)) == 0.0
 
-    @pytest.mark.parametrize("made", [
+    @pytest.mark.parametrize("model", [
         lambda: alignment.Resampler(4, latents=2, depth=1, heads=2),
         lambda: alignment.QFormer(4, dim=4, depth=1, heads=2, queries=2, vocabulary=None),
     ])  # fmt: skip
-    def test_empty_media_equal_missing_media(self, made):
+    def test_empty_media_equal_missing_media(self, model):
         torch.manual_seed(0)
-        module = made().double()
+        module = model().double()
         result = module(Tokens(normal(3, 5, 4, keep=KEEP, fill=math.nan), mask=KEEP))
         result = result if isinstance(result, torch.Tensor) else result.queries
         nothing = module(Tokens(normal(3, 1, 4), mask=torch.zeros(3, 1, dtype=torch.bool)))

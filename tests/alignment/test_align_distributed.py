@@ -72,18 +72,18 @@ def queries(rank):
     random = torch.Generator().manual_seed(2)
     media = torch.randn(7, 2, 5, generator=random, dtype=torch.float64)
     words = torch.randint(11, (7, 3), generator=random)
-    found = losses(local_part(rank, media), local_part(rank, words), generator=random)
+    result = losses(local_part(rank, media), local_part(rank, words), generator=random)
     if rank is not None:
-        (found["contrastive"] / 1).backward()
+        (result["contrastive"] / 1).backward()
         grads = {name: p.grad for name, p in losses.named_parameters() if p.grad is not None}
         for name, grad in grads.items():
             if name != "temperature":
                 torch.distributed.all_reduce(grad)
                 grad /= WORLD
     else:
-        found["contrastive"].backward()
+        result["contrastive"].backward()
         grads = {name: p.grad for name, p in losses.named_parameters() if p.grad is not None}
-    return {"loss": found["contrastive"].detach(), **grads}
+    return {"loss": result["contrastive"].detach(), **grads}
 
 
 def evaluate_in_one_process(rank):
@@ -102,7 +102,7 @@ SCENES = {"by_itself": evaluate_in_one_process} | {name: lambda rank, name=name:
 
 def worker(rank, folder):
     with process_group(rank, folder, WORLD):
-        torch.save({name: made(rank) for name, made in SCENES.items()}, f"{folder}/{rank}.pt")
+        torch.save({name: result(rank) for name, result in SCENES.items()}, f"{folder}/{rank}.pt")
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +132,7 @@ def test_scale_stays_synchronized_without_a_wrapper(results):
 
 def test_halves_of_the_batch_have_a_different_loss():
     """Otherwise, the equality above would be trivial."""
-    whole = loss_and_gradients("siglip", None)["loss"]
+    full = loss_and_gradients("siglip", None)["loss"]
     for rank in range(WORLD):
         model = Model(MADE["siglip"]()).double()
         random = torch.Generator().manual_seed(1)
@@ -140,7 +140,7 @@ def test_halves_of_the_batch_have_a_different_loss():
         half = model(
             {n: local_part(rank, x) for n, x in batch.items()}, None, {n: local_part(rank, x) for n, x in HERE.items()}
         )
-        assert abs(float(half.detach() - whole)) > 1e-3
+        assert abs(float(half.detach() - full)) > 1e-3
 
 
 def test_modality_missing_in_all_processes_is_excluded(results):

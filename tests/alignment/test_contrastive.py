@@ -40,8 +40,8 @@ def as_float(value):
     return float(value.detach()) if isinstance(value, torch.Tensor) else float(value)
 
 
-def assert_close(found, wanted, tolerance=EXACT):
-    assert as_float(found) == pytest.approx(as_float(wanted), rel=tolerance["rtol"], abs=tolerance["atol"])
+def assert_close(result, expected, tolerance=EXACT):
+    assert as_float(result) == pytest.approx(as_float(expected), rel=tolerance["rtol"], abs=tolerance["atol"])
 
 
 def test_reference_values():
@@ -67,19 +67,19 @@ def test_info_nce(options, masked):
         ignored[1, 5] = ignored[3, 0] = ignored[6, 6] = True
         masks = {"positives": positives, "ignored": ignored}
     names = {"beta": "hard"}
-    found = info_nce(
+    result = info_nce(
         A, B, scale=3.0,
         **{names.get(name, name): value for name, value in options.items()},
         **{name: torch.from_numpy(mask) for name, mask in masks.items()},
     )  # fmt: skip
-    assert_close(found, slow.info_nce(A.numpy(), B.numpy(), 3.0, **masks, **options))
+    assert_close(result, slow.info_nce(A.numpy(), B.numpy(), 3.0, **masks, **options))
 
 
 @pytest.mark.parametrize("tile", [1, 2, 3, BATCH, 100])
 @pytest.mark.parametrize("ids", [None, IDS])
 def test_siglip(tile, ids):
-    found = siglip(A, B, scale=3.0, bias=-2.0, ids=ids, tile=tile)
-    assert_close(found, slow.siglip(A.numpy(), B.numpy(), 3.0, -2.0, None if ids is None else ids.tolist()))
+    result = siglip(A, B, scale=3.0, bias=-2.0, ids=ids, tile=tile)
+    assert_close(result, slow.siglip(A.numpy(), B.numpy(), 3.0, -2.0, None if ids is None else ids.tolist()))
 
 
 @settings(max_examples=20, deadline=None)
@@ -132,15 +132,15 @@ def test_one_hot_vectors():
 def test_half_precision_logits_are_float32(dtype):
     a, b = A.to(dtype).requires_grad_(), B.to(dtype)
     for loss in (lambda x: info_nce(x, b, scale=100.0), lambda x: siglip(x, b, scale=100.0, bias=-10.0)):
-        found = loss(a)
-        assert found.dtype == torch.float32
-        torch.testing.assert_close(found, loss(a.float()), **SINGLE)
-        (grad,) = torch.autograd.grad(found, a)
+        result = loss(a)
+        assert result.dtype == torch.float32
+        torch.testing.assert_close(result, loss(a.float()), **SINGLE)
+        (grad,) = torch.autograd.grad(result, a)
         assert grad.dtype == dtype
         assert grad.isfinite().all()
     with torch.autocast("cpu", torch.bfloat16):
-        wanted = info_nce(A.float(), B.float(), scale=100.0)
-    torch.testing.assert_close(wanted, info_nce(A.float(), B.float(), scale=100.0), **SINGLE)
+        expected = info_nce(A.float(), B.float(), scale=100.0)
+    torch.testing.assert_close(expected, info_nce(A.float(), B.float(), scale=100.0), **SINGLE)
 
 
 @pytest.mark.parametrize("options", [{}, {"smoothing": 0.2}])
@@ -189,13 +189,13 @@ def test_three_modalities_form_pairs():
         )
 
 
-@pytest.mark.parametrize("made", [InfoNCE, SigLIP])
-def test_missing_modality_is_excluded_from_its_pairs(made):
+@pytest.mark.parametrize("model", [InfoNCE, SigLIP])
+def test_missing_modality_is_excluded_from_its_pairs(model):
     here = torch.tensor([True, False, True, True, False, True, True])
-    parts, loss = {"audio": A, "image": B, "text": C}, made().double()
+    parts, loss = {"audio": A, "image": B, "text": C}, model().double()
     terms = loss.terms(parts, present={"image": here})
-    whole = loss.terms(parts)
-    assert_close(terms["audio", "text"], whole["audio", "text"])
+    full = loss.terms(parts)
+    assert_close(terms["audio", "text"], full["audio", "text"])
     assert_close(terms["audio", "image"], loss(A[here], B[here]))
     tokens = {"audio": Tokens(A[:, None]), "image": Tokens(B[:, None], mask=here[:, None]), "text": Tokens(C[:, None])}
     assert_close(loss(tokens), loss(parts, present={"image": here}))
@@ -211,15 +211,15 @@ def test_missing_modality_is_excluded_from_its_pairs(made):
     assert as_float(loss(A[:0], B[:0])) == 0.0
 
 
-@pytest.mark.parametrize("made", [InfoNCE, SigLIP])
+@pytest.mark.parametrize("model", [InfoNCE, SigLIP])
 @pytest.mark.parametrize("there", [0.0, math.nan])
-def test_missing_modalities_do_not_affect_gradients(made, there):
+def test_missing_modalities_do_not_affect_gradients(model, there):
     here = torch.arange(BATCH) != 2
     values = B.clone().index_fill(0, torch.tensor([2]), there).requires_grad_()
-    loss = made(widths={"a": DIM, "b": DIM}, dim=3).double()
-    found = loss({"a": A, "b": values}, present={"b": here})
-    assert_close(found, loss({"a": A[here], "b": B[here]}))
-    found.backward()
+    loss = model(widths={"a": DIM, "b": DIM}, dim=3).double()
+    result = loss({"a": A, "b": values}, present={"b": here})
+    assert_close(result, loss({"a": A[here], "b": B[here]}))
+    result.backward()
     assert float(values.grad[2].abs().max()) == 0.0
     assert all(parameter.grad.isfinite().all() for parameter in loss.parameters())
     empty = Tokens(B[:, None][:, :0])
@@ -236,15 +236,15 @@ def test_gradient_scaler_prevents_underflow_in_half_precision():
     torch.testing.assert_close(a.grad.float() / 2**20, reference.grad, rtol=TOL[torch.float16]["rtol"], atol=1e-9)
 
 
-@pytest.mark.parametrize("made", [InfoNCE, SigLIP])
-def test_embeddings_are_normalized_and_projected(made):
-    loss = made().double()
+@pytest.mark.parametrize("model", [InfoNCE, SigLIP])
+def test_embeddings_are_normalized_and_projected(model):
+    loss = model().double()
     assert_close(loss(3 * A, B), loss(A, 0.1 * B))
     torch.manual_seed(0)
-    loss = made(widths={"audio": 3, "image": DIM}, dim=2).double()
+    loss = model(widths={"audio": 3, "image": DIM}, dim=2).double()
     audio = unit_vectors(BATCH, 3, seed=5)
-    wanted = made().double()(audio @ loss.heads["audio"].weight.T, B @ loss.heads["image"].weight.T)
-    assert_close(loss({"audio": audio, "image": B}), wanted)
+    expected = model().double()(audio @ loss.heads["audio"].weight.T, B @ loss.heads["image"].weight.T)
+    assert_close(loss({"audio": audio, "image": B}), expected)
 
 
 def test_scale_is_learned_and_clamped():
@@ -256,13 +256,13 @@ def test_scale_is_learned_and_clamped():
     sigmoid(A, B).backward()
     for parameter in (loss.log_scale, sigmoid.log_scale, sigmoid.bias):
         assert float(parameter.grad.abs()) > 0
-    for made in (InfoNCE(), SigLIP(max_scale=100.0)):
+    for result in (InfoNCE(), SigLIP(max_scale=100.0)):
         with torch.no_grad():
-            made.log_scale.fill_(9.0)
-        far = made(A, B)
-        assert as_float(made.log_scale.exp()) == pytest.approx(100.0)
+            result.log_scale.fill_(9.0)
+        far = result(A, B)
+        assert as_float(result.log_scale.exp()) == pytest.approx(100.0)
         far.backward()
-        assert float(made.log_scale.grad.abs()) > 0  # clamped, but still trainable
+        assert float(result.log_scale.grad.abs()) > 0  # clamped, but still trainable
     assert not any(parameter.requires_grad for parameter in InfoNCE(learn=False).parameters())
     other = InfoNCE(scale=2.0)
     other.load_state_dict(loss.state_dict())
@@ -304,8 +304,8 @@ def test_negatives_are_sampled_by_similarity():
     draws = torch.stack([sample_negatives(logits, positives, generator=random).index for _ in range(4000)])
     counts = [[float((draws[:, i] == j).double().mean()) for j in range(4)] for i in range(2)]
     total = math.exp(1) + 1 + math.exp(2)
-    wanted = [[0.0, math.exp(1) / total, 1 / total, math.exp(2) / total], [0.5, 0.0, 0.0, 0.5]]
-    for one, other in zip(counts, wanted, strict=True):
+    expected = [[0.0, math.exp(1) / total, 1 / total, math.exp(2) / total], [0.5, 0.0, 0.0, 0.5]]
+    for one, other in zip(counts, expected, strict=True):
         assert one == pytest.approx(other, abs=0.03)  # four standard errors of 4000 samples
     for i in range(2):
         assert not positives[i][draws[:, i]].any()
@@ -333,8 +333,8 @@ def test_triplets(masked):
         positives = positives.clone()
         positives[3] = False
     similarity = A @ B.T
-    found = triplet_loss(similarity, positives if masked else None, margin=0.3)
-    assert_close(found, slow.triplet(similarity.tolist(), positives.tolist(), 0.3))
+    result = triplet_loss(similarity, positives if masked else None, margin=0.3)
+    assert_close(result, slow.triplet(similarity.tolist(), positives.tolist(), 0.3))
     assert torch.autograd.gradcheck(lambda s: triplet_loss(s, positives), leaf_tensors(similarity))
 
 
@@ -362,12 +362,12 @@ def test_errors():
         siglip(A, B, scale=1.0, bias=0.0, ids=IDS[:6])
     with pytest.raises(ConfigError, match=r"siglip: expected tile >= 1, got tile = 0"):
         siglip(A, B, scale=1.0, bias=0.0, tile=0)
-    for options, said in (
+    for options, message in (
         ({"smoothing": 1.0}, r"smoothing in \[0, 1\)"), ({"hard": -1.0}, "hard >= 0"), ({"top_k": 0}, "top_k >= 1"),
     ):  # fmt: skip
-        with pytest.raises(ConfigError, match=f"info_nce: expected {said}"):
+        with pytest.raises(ConfigError, match=f"info_nce: expected {message}"):
             info_nce(A, B, scale=1.0, **options)
-        with pytest.raises(ConfigError, match=f"InfoNCE: expected {said}"):
+        with pytest.raises(ConfigError, match=f"InfoNCE: expected {message}"):
             InfoNCE(**options)
     with pytest.raises(ConfigError, match="nearest_negatives: expected k >= 1"):
         nearest_negatives(A, A > 0, 0)

@@ -15,47 +15,47 @@ LOSSES = {"audio": torch.tensor(3.0), "image": torch.tensor(0.5), "text": torch.
 def test_fixed(count):
     losses = dict(list(LOSSES.items())[:count])
     leaf = losses["audio"] = losses["audio"].clone().requires_grad_()
-    made = FixedWeights({"audio": 0.25})(losses)
-    wanted = 0.25 * 3 + sum(float(loss) for name, loss in losses.items() if name != "audio")
-    assert float(made.total.detach()) == pytest.approx(wanted)
-    made.total.backward()
+    result = FixedWeights({"audio": 0.25})(losses)
+    expected = 0.25 * 3 + sum(float(loss) for name, loss in losses.items() if name != "audio")
+    assert float(result.total.detach()) == pytest.approx(expected)
+    result.total.backward()
     assert float(leaf.grad) == 0.25
-    assert {name: float(loss) for name, loss in made.terms.items()} == {n: float(LOSSES[n]) for n in losses}
-    assert not any(part.requires_grad for part in (*made.terms.values(), *made.weights.values()))
-    assert float(made.weights["audio"]) == 0.25
+    assert {name: float(loss) for name, loss in result.terms.items()} == {n: float(LOSSES[n]) for n in losses}
+    assert not any(part.requires_grad for part in (*result.terms.values(), *result.weights.values()))
+    assert float(result.weights["audio"]) == 0.25
 
 
 def test_uncertainty():
     logs = {"audio": torch.tensor(0.3), "image": torch.tensor(-1.2), "text": torch.tensor(0.0)}
-    wanted = sum(math.exp(-float(logs[name])) * float(LOSSES[name]) + float(logs[name]) for name in LOSSES)
-    assert float(uncertainty_weighted(LOSSES, logs)) == pytest.approx(wanted)
-    made = UncertaintyWeights(LOSSES)
-    assert float(made(LOSSES).total.detach()) == pytest.approx(5.5)
-    made.load_state_dict({f"log_variances.{name}": value for name, value in logs.items()})
-    assert float(made(LOSSES).total.detach()) == pytest.approx(wanted)
-    assert float(made({"audio": LOSSES["audio"]}).total.detach()) == pytest.approx(math.exp(-0.3) * 3 + 0.3)
-    assert {n: float(w) for n, w in made(LOSSES).weights.items()} == pytest.approx(
+    expected = sum(math.exp(-float(logs[name])) * float(LOSSES[name]) + float(logs[name]) for name in LOSSES)
+    assert float(uncertainty_weighted(LOSSES, logs)) == pytest.approx(expected)
+    layer = UncertaintyWeights(LOSSES)
+    assert float(layer(LOSSES).total.detach()) == pytest.approx(5.5)
+    layer.load_state_dict({f"log_variances.{name}": value for name, value in logs.items()})
+    assert float(layer(LOSSES).total.detach()) == pytest.approx(expected)
+    assert float(layer({"audio": LOSSES["audio"]}).total.detach()) == pytest.approx(math.exp(-0.3) * 3 + 0.3)
+    assert {n: float(w) for n, w in layer(LOSSES).weights.items()} == pytest.approx(
         {n: math.exp(-float(logs[n])) for n in logs}
     )
 
 
 def test_learned_weights_become_the_inverse_losses():
-    made = UncertaintyWeights(LOSSES)
-    optimizer = torch.optim.Adam(made.parameters(), lr=0.1)
+    layer = UncertaintyWeights(LOSSES)
+    optimizer = torch.optim.Adam(layer.parameters(), lr=0.1)
     for _ in range(300):
         optimizer.zero_grad()
-        made(LOSSES).total.backward()
+        layer(LOSSES).total.backward()
         optimizer.step()
-    weights = made(LOSSES).weights
+    weights = layer(LOSSES).weights
     assert {n: float(w) for n, w in weights.items()} == pytest.approx(
         {n: 1 / float(x) for n, x in LOSSES.items()}, rel=0.01
     )
 
 
 def test_missing_loss_updates_no_weight():
-    made = UncertaintyWeights(LOSSES)
-    made({"audio": LOSSES["audio"]}).total.backward()
-    assert made.log_variances["image"].grad is None
+    layer = UncertaintyWeights(LOSSES)
+    layer({"audio": LOSSES["audio"]}).total.backward()
+    assert layer.log_variances["image"].grad is None
 
 
 def test_nan_is_propagated():

@@ -20,19 +20,19 @@ DIM, IMAGE, AUDIO = 3, 90, 91
 @pytest.mark.parametrize(("kind", "layers"), [("linear", 1), ("mlp1x_gelu", 1), ("mlp2x_gelu", 3), ("mlp3x_gelu", 5)])
 def test_kinds(kind, layers):
     torch.manual_seed(0)
-    made = Projector(5, 7, kind=kind).double()
-    assert len(made.layers) == layers
+    layer = Projector(5, 7, kind=kind).double()
+    assert len(layer.layers) == layers
     x = torch.randn(2, 3, 5, dtype=torch.float64)
-    wanted = x @ made.layers[0].weight.T + made.layers[0].bias
-    for linear in (layer for layer in list(made.layers)[1:] if isinstance(layer, nn.Linear)):
-        wanted = 0.5 * wanted * (1 + torch.erf(wanted / 2**0.5))
-        wanted = wanted @ linear.weight.T + linear.bias
-    torch.testing.assert_close(made(x), wanted, **EXACT)
+    expected = x @ layer.layers[0].weight.T + layer.layers[0].bias
+    for linear in (layer for layer in list(layer.layers)[1:] if isinstance(layer, nn.Linear)):
+        expected = 0.5 * expected * (1 + torch.erf(expected / 2**0.5))
+        expected = expected @ linear.weight.T + linear.bias
+    torch.testing.assert_close(layer(x), expected, **EXACT)
     tokens = Tokens(x, mask=torch.tensor([[True, False, True]] * 2), times=torch.zeros(2, 3))
-    found = made(tokens)
-    torch.testing.assert_close(found.values, wanted, **EXACT)
-    assert found.mask is tokens.mask
-    assert found.times is tokens.times
+    result = layer(tokens)
+    torch.testing.assert_close(result.values, expected, **EXACT)
+    assert result.mask is tokens.mask
+    assert result.times is tokens.times
 
 
 def test_identity():
@@ -44,23 +44,23 @@ def test_identity():
 def test_single_placeholder_per_medium():
     text = torch.arange(4.0)[None, :, None].expand(1, 4, DIM)
     image = torch.tensor([10.0, 11.0])[None, :, None].expand(1, 2, DIM)
-    made = splice(text, torch.tensor([[5, IMAGE, 6, 7]]), IMAGE, image)
-    assert made.embeddings[0, :, 0].tolist() == [0, 10, 11, 2, 3]
-    assert made.labels.tolist() == [[5, -100, -100, 6, 7]]
-    assert made.modality.tolist() == [[0, 1, 1, 0, 0]]
-    assert made.names == ("text", "image")
-    assert made.mask.all()
-    again = unpack(made.tokens)
+    result = splice(text, torch.tensor([[5, IMAGE, 6, 7]]), IMAGE, image)
+    assert result.embeddings[0, :, 0].tolist() == [0, 10, 11, 2, 3]
+    assert result.labels.tolist() == [[5, -100, -100, 6, 7]]
+    assert result.modality.tolist() == [[0, 1, 1, 0, 0]]
+    assert result.names == ("text", "image")
+    assert result.mask.all()
+    again = unpack(result.tokens)
     assert again["image"].values[0, :, 0].tolist() == [10, 11]
 
 
 def test_placeholders_for_single_tokens_are_replaced():
     text, image = torch.zeros(2, 4, DIM), torch.arange(12.0).view(2, 2, DIM)
     ids = torch.tensor([[5, IMAGE, IMAGE, 6], [IMAGE, 7, 8, IMAGE]])
-    made = splice(text, ids, IMAGE, image)
-    assert made.embeddings.shape == text.shape
-    torch.testing.assert_close(made.embeddings[ids == IMAGE], image.flatten(0, 1), **EXACT)
-    assert made.labels.tolist() == [[5, -100, -100, 6], [-100, 7, 8, -100]]
+    result = splice(text, ids, IMAGE, image)
+    assert result.embeddings.shape == text.shape
+    torch.testing.assert_close(result.embeddings[ids == IMAGE], image.flatten(0, 1), **EXACT)
+    assert result.labels.tolist() == [[5, -100, -100, 6], [-100, 7, 8, -100]]
 
 
 @settings(max_examples=40, deadline=None)
@@ -75,34 +75,34 @@ def test_splice_against_a_loop(seed, side):
     labels = torch.where(torch.rand(batch, words, generator=random) < 0.3, -100, ids)
     text = torch.randn(batch, words, DIM, generator=random, dtype=torch.float64)
     media, lists = {}, {}
-    for name, place in places.items():
-        count, length = int(((ids == place) & mask).sum()), 4
+    for name, index in places.items():
+        count, length = int(((ids == index) & mask).sum()), 4
         values = torch.randn(count, length, DIM, generator=random, dtype=torch.float64)
         valid = torch.rand(count, length, generator=random) < 0.7
         # At least two tokens, so that a placeholder for a medium differs from one for a token.
         valid[:, :2] = True
         media[name] = Tokens(values, mask=valid)
         lists[name] = [part[keep].tolist() for part, keep in zip(values, valid, strict=True)]
-    made = splice(text, ids, places, media, labels=labels, mask=mask, side=side)
+    result = splice(text, ids, places, media, labels=labels, mask=mask, side=side)
     rows = slow.splice(text.tolist(), ids.tolist(), labels.tolist(), mask.tolist(), places, lists)
     longest = max(len(row) for row in rows)
-    assert made.embeddings.shape == (batch, longest, DIM)
+    assert result.embeddings.shape == (batch, longest, DIM)
     for i, row in enumerate(rows):
         start = longest - len(row) if side == "left" else 0
         here = slice(start, start + len(row))
-        assert made.mask[i].tolist() == [start <= j < start + len(row) for j in range(longest)]
-        assert made.embeddings[i, here].tolist() == [part[0] for part in row]
-        assert made.labels[i, here].tolist() == [part[1] for part in row]
-        assert made.modality[i, here].tolist() == [part[2] for part in row]
-        assert float(made.embeddings[i][~made.mask[i]].abs().sum()) == 0.0
-        assert set(made.labels[i][~made.mask[i]].tolist()) <= {-100}
-        assert set(made.modality[i][~made.mask[i]].tolist()) <= {-1}
+        assert result.mask[i].tolist() == [start <= j < start + len(row) for j in range(longest)]
+        assert result.embeddings[i, here].tolist() == [part[0] for part in row]
+        assert result.labels[i, here].tolist() == [part[1] for part in row]
+        assert result.modality[i, here].tolist() == [part[2] for part in row]
+        assert float(result.embeddings[i][~result.mask[i]].abs().sum()) == 0.0
+        assert set(result.labels[i][~result.mask[i]].tolist()) <= {-100}
+        assert set(result.modality[i][~result.mask[i]].tolist()) <= {-1}
 
 
 def test_rows_without_media_are_unchanged():
     text, image = torch.ones(2, 3, DIM), torch.zeros(1, 2, DIM)
-    made = splice(text, torch.tensor([[5, 6, 7], [5, IMAGE, 7]]), IMAGE, image)
-    assert made.modality.tolist() == [[0, 0, 0, -1], [0, 1, 1, 0]]
+    result = splice(text, torch.tensor([[5, 6, 7], [5, IMAGE, 7]]), IMAGE, image)
+    assert result.modality.tolist() == [[0, 0, 0, -1], [0, 1, 1, 0]]
     none = splice(text, torch.tensor([[5, 6, 7], [5, 8, 7]]), IMAGE, image[:0])
     assert torch.equal(none.embeddings, text)
 
@@ -114,19 +114,19 @@ def test_gradients_reach_text_and_media():
     torch.manual_seed(0)
     projector = Projector(4, DIM).double()
     assert torch.autograd.gradcheck(lambda t, i: projector.splice(t, ids, IMAGE, i).embeddings, (text, image))
-    made = projector.splice(text, ids, IMAGE, image)
-    torch.testing.assert_close(made.embeddings[made.modality == 1], projector(image).flatten(0, 1), **EXACT)
-    made.embeddings.sum().backward()
+    result = projector.splice(text, ids, IMAGE, image)
+    torch.testing.assert_close(result.embeddings[result.modality == 1], projector(image).flatten(0, 1), **EXACT)
+    result.embeddings.sum().backward()
     assert float(text.grad[ids == IMAGE].abs().max()) == 0.0
     assert float(text.grad[ids != IMAGE].abs().min()) > 0.0
 
 
 def test_dtypes():
-    made = splice(
+    result = splice(
         torch.zeros(1, 2, DIM, dtype=torch.bfloat16), torch.tensor([[IMAGE, 5]]), IMAGE, torch.ones(1, 2, DIM)
     )
-    assert made.embeddings.dtype == torch.bfloat16
-    assert made.labels.dtype == torch.int64
+    assert result.embeddings.dtype == torch.bfloat16
+    assert result.labels.dtype == torch.int64
 
 
 def test_errors():

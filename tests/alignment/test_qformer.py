@@ -62,12 +62,12 @@ def allclose(one, other):
 
 def test_attention_masks():
     words = torch.tensor([[True, True, False]])
-    wanted = {
+    expected = {
         "contrastive": ["11000", "11000", "00110", "00110", "00110"],
         "matching": ["11110", "11110", "11110", "11110", "11110"],
         "captioning": ["11000", "11000", "11100", "11110", "11110"],
     }
-    for objective, rows in wanted.items():
+    for objective, rows in expected.items():
         mask = objective_mask(objective, 2, words)[0]
         assert ["".join(str(int(seen)) for seen in row) for row in mask] == rows
     with pytest.raises(ConfigError, match="a known objective, got 'itm'"):
@@ -95,12 +95,12 @@ def test_media_reach_text_except_in_the_contrastive_task(objective):
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_later_words_reach_earlier_words_except_in_captioning(objective):
     model = build_qformer()
-    for place in range(1, WORDS):
+    for index in range(1, WORDS):
         changed = IDS.clone()
-        changed[:, place:] = OTHER[:, place:]
+        changed[:, index:] = OTHER[:, index:]
         one, other = (model(media_tokens(), ids, objective=objective).text for ids in (IDS, changed))
-        assert allclose(one[:, :place], other[:, :place]) == (objective == "captioning")
-        assert not allclose(one[:, place:], other[:, place:])
+        assert allclose(one[:, :index], other[:, :index]) == (objective == "captioning")
+        assert not allclose(one[:, index:], other[:, index:])
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -117,11 +117,11 @@ def test_padding_has_no_effect(objective):
 
 
 def test_cross_attention_layers():
-    for every, wanted in ((1, [1, 1, 1, 1]), (2, [1, 0, 1, 0]), (3, [1, 0, 0, 1])):
+    for every, expected in ((1, [1, 1, 1, 1]), (2, [1, 0, 1, 0]), (3, [1, 0, 0, 1])):
         model = build_qformer(depth=4, every=every)
-        assert [len(layer.reading) for layer in model.layers] == wanted
+        assert [len(layer.reading) for layer in model.layers] == expected
         assert [any("reading" in name for name, _ in layer.named_parameters()) for layer in model.layers] == [
-            bool(count) for count in wanted
+            bool(count) for count in expected
         ]
 
 
@@ -140,8 +140,8 @@ def test_query_mlps_are_initialized_with_the_text_mlps():
 def test_any_number_of_modalities(combine, count):
     names = tuple(WIDTHS)[:count]
     model = build_qformer(names, combine=combine)
-    whole = model(media_tokens(names), IDS, objective="matching")
-    assert whole.queries.shape == (BATCH, QUERIES, DIM)
+    full = model(media_tokens(names), IDS, objective="matching")
+    assert full.queries.shape == (BATCH, QUERIES, DIM)
     for name in names:
         changed = {**media_tokens(names), name: media_tokens(names, seed=9)[name]}
         assert not allclose(model(changed).queries, model(media_tokens(names)).queries)
@@ -224,14 +224,14 @@ def test_against_transformers():
     image = media_tokens()["image"].values
     hidden = torch.cat([ours.queries.expand(BATCH, -1, -1), ours._embed_words(IDS, BATCH)], dim=1)
     for ids in (IDS, None):
-        found = ours(image, ids, objective="matching")
-        wanted = theirs(
+        result = ours(image, ids, objective="matching")
+        expected = theirs(
             query_embeds=hidden if ids is not None else hidden[:, :QUERIES], query_length=QUERIES,
             encoder_hidden_states=ours.media_norms["image"](image),
         ).last_hidden_state  # fmt: skip
-        torch.testing.assert_close(found.queries, wanted[:, :QUERIES], rtol=EXACT["rtol"], atol=EXACT["rtol"])
+        torch.testing.assert_close(result.queries, expected[:, :QUERIES], rtol=EXACT["rtol"], atol=EXACT["rtol"])
         if ids is not None:
-            torch.testing.assert_close(found.text, wanted[:, QUERIES:], rtol=EXACT["rtol"], atol=EXACT["rtol"])
+            torch.testing.assert_close(result.text, expected[:, QUERIES:], rtol=EXACT["rtol"], atol=EXACT["rtol"])
 
 
 def test_cross_attention_matches_attend():
@@ -241,8 +241,8 @@ def test_cross_attention_matches_attend():
     mask = torch.tensor([[[True, False, True, True, False], [False] * 5]])
     with torch.no_grad():
         query, key, value = layer.query(tokens)[0], layer.key(source)[0], layer.value(source)[0]
-        wanted = layer.out(torch.from_numpy(slow.soft_attention(*(x.numpy() for x in (query, key, value)), mask[0])))
-    torch.testing.assert_close(layer(tokens, source, mask=mask).output[0], wanted, **EXACT)
+        expected = layer.out(torch.from_numpy(slow.soft_attention(*(x.numpy() for x in (query, key, value)), mask[0])))
+    torch.testing.assert_close(layer(tokens, source, mask=mask).output[0], expected, **EXACT)
     with pytest.raises(ShapeError, match="CrossWidthAttention: expected dim = 4 and source_dim = 3, got 4 and None"):
         layer(tokens)
     with pytest.raises(ShapeError, match="CrossWidthAttention: expected dim = 4 and source_dim = 3, got 4 and 4"):
@@ -253,8 +253,8 @@ def test_similarity_is_the_maximum_over_queries():
     queries, text = (torch.randn(*shape, dtype=torch.float64) for shape in ((3, 4, 5), (2, 5)))
     for i in range(3):
         for j in range(2):
-            wanted = max(float(q @ text[j]) for q in queries[i])
-            assert float(query_similarity(queries, text)[i, j]) == pytest.approx(wanted, rel=EXACT["rtol"])
+            expected = max(float(q @ text[j]) for q in queries[i])
+            assert float(query_similarity(queries, text)[i, j]) == pytest.approx(expected, rel=EXACT["rtol"])
 
 
 def build_losses(**options):
@@ -265,20 +265,20 @@ def build_losses(**options):
 def test_three_losses_against_loops():
     losses = build_losses(smoothing=0.1, bos=10)
     random = torch.Generator().manual_seed(4)
-    found = losses(media_tokens(), IDS, generator=random)
+    result = losses(media_tokens(), IDS, generator=random)
     queries, text = losses.embed(media_tokens(), IDS)
     logits = (query_similarity(queries, text) / losses.temperature).detach()
     eye = torch.eye(BATCH, dtype=torch.bool).numpy()
-    wanted = [slow.directed_info_nce(z.numpy(), eye, smoothing=0.1) for z in (logits, logits.T)]
-    assert float(found["contrastive"].detach()) == pytest.approx(sum(wanted) / 2, rel=EXACT["rtol"])
+    expected = [slow.directed_info_nce(z.numpy(), eye, smoothing=0.1) for z in (logits, logits.T)]
+    assert float(result["contrastive"].detach()) == pytest.approx(sum(expected) / 2, rel=EXACT["rtol"])
     pairs = matching_pairs(logits, generator=torch.Generator().manual_seed(4))
     match_logits = losses.match({"image": Tokens(media_tokens()["image"].values[pairs.a])}, IDS[pairs.b])
-    torch.testing.assert_close(found["matching"], matching_loss(match_logits, pairs.label), **EXACT)
+    torch.testing.assert_close(result["matching"], matching_loss(match_logits, pairs.label), **EXACT)
     words = losses.caption(media_tokens(), torch.cat([torch.full((BATCH, 1), 10), IDS[:, 1:]], dim=1)).detach()
-    assert float(found["captioning"].detach()) == pytest.approx(
+    assert float(result["captioning"].detach()) == pytest.approx(
         slow.captioning(words.tolist(), IDS.tolist()), rel=EXACT["rtol"]
     )
-    sum(found.values()).backward()
+    sum(result.values()).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in losses.parameters())
 
 
@@ -309,10 +309,10 @@ def test_training_decreases_all_losses():
     optimizer = torch.optim.Adam(losses.parameters(), lr=0.02)
     history = []
     for _ in range(60):
-        found = losses(parts, IDS, generator=random)
-        history.append({name: float(loss.detach()) for name, loss in found.items()})
+        result = losses(parts, IDS, generator=random)
+        history.append({name: float(loss.detach()) for name, loss in result.items()})
         optimizer.zero_grad()
-        sum(found.values()).backward()
+        sum(result.values()).backward()
         optimizer.step()
     for name in history[0]:
         early, late = (sum(step[name] for step in part) for part in (history[:5], history[-5:]))
@@ -321,7 +321,7 @@ def test_training_decreases_all_losses():
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_activation_checkpointing_has_no_effect(dropout):
-    model, found = build_qformer(dropout=dropout), []
+    model, result = build_qformer(dropout=dropout), []
     for checkpointed in (False, True):
         model.zero_grad()
         torch.manual_seed(7)
@@ -331,8 +331,8 @@ def test_activation_checkpointing_has_no_effect(dropout):
         else:
             queries = model(image, IDS, objective="matching").queries
         queries.square().sum().backward()
-        found.append([queries.detach(), image.grad, *(p.grad for p in model.parameters())])
-    for one, other in zip(*found, strict=True):
+        result.append([queries.detach(), image.grad, *(p.grad for p in model.parameters())])
+    for one, other in zip(*result, strict=True):
         assert (one is other is None) or torch.equal(one, other)
 
 
@@ -353,11 +353,11 @@ def test_matching_pairs():
 def test_matching_head_and_loss():
     torch.manual_seed(0)
     head, queries = MatchingHead(DIM).double(), torch.randn(2, QUERIES, DIM, dtype=torch.float64)
-    wanted = sum(head.linear(queries[:, q]) for q in range(QUERIES)) / QUERIES
-    torch.testing.assert_close(head(queries), wanted, **EXACT)
+    expected = sum(head.linear(queries[:, q]) for q in range(QUERIES)) / QUERIES
+    torch.testing.assert_close(head(queries), expected, **EXACT)
     logits, label = torch.tensor([[0.0, 1.0], [2.0, 0.0]]), torch.tensor([1, 0])
-    wanted = (math.log(1 + math.exp(-1)) + math.log(1 + math.exp(-2))) / 2
-    assert float(matching_loss(logits, label)) == pytest.approx(wanted)
+    expected = (math.log(1 + math.exp(-1)) + math.log(1 + math.exp(-2))) / 2
+    assert float(matching_loss(logits, label)) == pytest.approx(expected)
     assert float(matching_loss(logits, torch.tensor([1, 1]))) == 0.0
     with pytest.raises(ShapeError, match=r"matching_loss: expected logits \(pair, 2\) and labels \(pair,\)"):
         matching_loss(logits[:, :1], label)
@@ -386,9 +386,9 @@ def test_caption_labels():
     mask = torch.tensor([[True, True, True, False], [False, True, True, True]])
     assert caption_labels(ids).tolist() == ids.tolist()
     assert caption_labels(ids, mask).tolist() == [[5, 6, 7, -100], [-100, 9, 4, 3]]
-    wanted = [[-100, -100, 7, -100], [-100, -100, -100, 3]]
-    assert caption_labels(ids, mask, prompt=2).tolist() == wanted
-    assert caption_labels(ids, mask, prompt=torch.tensor([2, 0])).tolist() == [wanted[0], [-100, 9, 4, 3]]
+    expected = [[-100, -100, 7, -100], [-100, -100, -100, 3]]
+    assert caption_labels(ids, mask, prompt=2).tolist() == expected
+    assert caption_labels(ids, mask, prompt=torch.tensor([2, 0])).tolist() == [expected[0], [-100, 9, 4, 3]]
 
 
 def test_errors():

@@ -57,9 +57,9 @@ def test_all_metrics_are_means_over_all_orders_of_ties(seed, ties, levels, queri
     options = {"relevant": relevant, "ties": ties}
     assert ranks(similarity, relevant, ties=ties).tolist() == pytest.approx([np.mean(each) for each in first])
     for k in (1, 2, 4, 5, 9):
-        found = [np.mean([rank <= k for rank in each]) for each in first]
-        assert found_within(similarity, k, **options).tolist() == pytest.approx(found)
-        assert recall_at_k(similarity, k, **options) == mean(found)
+        result = [np.mean([rank <= k for rank in each]) for each in first]
+        assert found_within(similarity, k, **options).tolist() == pytest.approx(result)
+        assert recall_at_k(similarity, k, **options) == mean(result)
     assert mean_rank(similarity, **options) == mean(np.mean(each) for each in first)
     assert mean_reciprocal_rank(similarity, **options) == mean(np.mean([1 / r for r in each]) for each in first)
     precision = [np.mean([slow.average_precision(order) for order in each]) for each in orders]
@@ -78,14 +78,14 @@ def test_constant_model_scores_at_chance(items, k):
     same = torch.zeros(items, items)
     assert recall_at_k(same, k) == pytest.approx(k / items)
     assert (recall_at_k(same, 1, ties="optimistic"), recall_at_k(same, items - 1, ties="pessimistic")) == (1.0, 0.0)
-    found = retrieval(same, k=(1, k))[0]
-    assert found.recall == pytest.approx(found.chance)
-    assert found.mean_rank == pytest.approx((items + 1) / 2)
-    assert found.mean_reciprocal_rank == pytest.approx(sum(1 / rank for rank in range(1, items + 1)) / items)
+    result = retrieval(same, k=(1, k))[0]
+    assert result.recall == pytest.approx(result.chance)
+    assert result.mean_rank == pytest.approx((items + 1) / 2)
+    assert result.mean_reciprocal_rank == pytest.approx(sum(1 / rank for rank in range(1, items + 1)) / items)
     # With several relevant items, too.
     relevant = torch.arange(items)[:, None] // 2 == torch.arange(items) // 2
-    found = retrieval(same, relevant=relevant, k=(1, k))[0]
-    assert found.recall == pytest.approx(found.chance)
+    result = retrieval(same, relevant=relevant, k=(1, k))[0]
+    assert result.recall == pytest.approx(result.chance)
 
 
 def test_equal_captions_share_the_first_rank():
@@ -103,23 +103,23 @@ def test_median_rank_of_tied_queries():
     relevant = torch.zeros_like(scores, dtype=torch.bool)
     relevant[:, 7] = True
     # The 151st of 301 ranks, each uniform in 1 to 200.
-    wanted = sum(stats.binom.cdf(150, queries, value / items) for value in range(items))
-    assert median_rank(scores, relevant=relevant) == pytest.approx(wanted)
+    expected = sum(stats.binom.cdf(150, queries, value / items) for value in range(items))
+    assert median_rank(scores, relevant=relevant) == pytest.approx(expected)
     p = torch.rand(3, 97, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     counts = _count_distribution(p)
-    for row, found in zip(p.tolist(), counts.tolist(), strict=True):
+    for row, result in zip(p.tolist(), counts.tolist(), strict=True):
         slowly = np.array([1.0])
         for chance in row:
             slowly = np.convolve(slowly, [1 - chance, chance])
-        assert found[:98] == pytest.approx(slowly.tolist(), abs=1e-12)
+        assert result[:98] == pytest.approx(slowly.tolist(), abs=1e-12)
 
 
 def test_equal_vectors_have_equal_similarities():
     random = torch.Generator().manual_seed(0)
     one, other = F.normalize(torch.randn(1, 33, generator=random)), F.normalize(torch.randn(101, 33, generator=random))
-    found = similarities(other, one.expand(517, -1).contiguous())
-    assert (found == found[:, :1]).all()
-    torch.testing.assert_close(found, other @ one.expand(517, -1).T)
+    result = similarities(other, one.expand(517, -1).contiguous())
+    assert (result == result[:, :1]).all()
+    torch.testing.assert_close(result, other @ one.expand(517, -1).T)
 
 
 def test_one_relevant_item_makes_precision_the_reciprocal_rank():
@@ -132,25 +132,27 @@ def test_average_precision_equals_scikit_learn_without_ties():
 
     relevant = tied_similarities(3, 7, 11)[1][:-1]
     similarity = torch.randn(relevant.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    wanted = np.mean([average_precision_score(y, s) for y, s in zip(relevant.numpy(), similarity.numpy(), strict=True)])
-    assert mean_average_precision(similarity, relevant=relevant) == pytest.approx(wanted)
+    expected = np.mean(
+        [average_precision_score(y, s) for y, s in zip(relevant.numpy(), similarity.numpy(), strict=True)]
+    )
+    assert mean_average_precision(similarity, relevant=relevant) == pytest.approx(expected)
 
 
 def test_both_directions_and_chance():
     similarity, relevant = tied_similarities(5, 7, 11, levels=50)
     there, back = retrieval(similarity, relevant=relevant, k=(1, 3))
-    for found, matrix, mask in ((there, similarity, relevant), (back, similarity.mT, relevant.mT)):
-        assert found.recall == {k: recall_at_k(matrix, k, relevant=mask) for k in (1, 3)}
-        assert found.median_rank == median_rank(matrix, relevant=mask)
-        assert found.mean_rank == mean_rank(matrix, relevant=mask)
-        assert found.mean_reciprocal_rank == mean_reciprocal_rank(matrix, relevant=mask)
-        assert found.mean_average_precision == mean_average_precision(matrix, relevant=mask)
-        assert (found.queries, found.items) == (int(mask.any(dim=1).sum()), mask.shape[1])
+    for result, matrix, mask in ((there, similarity, relevant), (back, similarity.mT, relevant.mT)):
+        assert result.recall == {k: recall_at_k(matrix, k, relevant=mask) for k in (1, 3)}
+        assert result.median_rank == median_rank(matrix, relevant=mask)
+        assert result.mean_rank == mean_rank(matrix, relevant=mask)
+        assert result.mean_reciprocal_rank == mean_reciprocal_rank(matrix, relevant=mask)
+        assert result.mean_average_precision == mean_average_precision(matrix, relevant=mask)
+        assert (result.queries, result.items) == (int(mask.any(dim=1).sum()), mask.shape[1])
         counts = [int(row.sum()) for row in mask if row.any()]
         items = mask.shape[1]
         for k in (1, 3):
             missed = [math.comb(items - r, k) / math.comb(items, k) for r in counts]
-            assert found.chance[k] == pytest.approx(1 - sum(missed) / len(missed))
+            assert result.chance[k] == pytest.approx(1 - sum(missed) / len(missed))
     assert retrieval(torch.eye(20))[0].chance == pytest.approx({1: 1 / 20, 5: 5 / 20, 10: 10 / 20})
     assert retrieval(torch.eye(3))[0].chance[10] == 1.0
 
@@ -168,9 +170,9 @@ def test_winoground(ties):
         image = [(a, o["a"]) > (c, o["c"]) and (d, o["d"]) > (b, o["b"]) for o in orders]
         for name, each in (("text", text), ("image", image), ("group", np.array(text) & np.array(image))):
             solved[name].append(np.mean(each))
-    found = winoground(scores.float(), ties=ties)
-    assert found._asdict() == pytest.approx({name: np.mean(each) for name, each in solved.items()})
-    assert 0 < found.group < 1
+    result = winoground(scores.float(), ties=ties)
+    assert result._asdict() == pytest.approx({name: np.mean(each) for name, each in solved.items()})
+    assert 0 < result.group < 1
     # All orders of four different scores: the chance level.
     every = torch.tensor(list(itertools.permutations([1.0, 2.0, 3.0, 4.0]))).view(-1, 2, 2)
     assert winoground(every, ties=ties)._asdict() == pytest.approx(CHANCE)
@@ -185,7 +187,7 @@ def test_winoground_of_constant_model_is_at_chance():
 def test_additive_compositionality():
     random = torch.Generator().manual_seed(0)
     parts = torch.randn(5, 2, 3, generator=random, dtype=torch.float64)
-    whole = torch.randn(5, 3, generator=random, dtype=torch.float64)
+    full = torch.randn(5, 3, generator=random, dtype=torch.float64)
     others = torch.randn(5, 4, 3, generator=random, dtype=torch.float64)
 
     def cos(a, b):
@@ -193,10 +195,10 @@ def test_additive_compositionality():
 
     for i in range(5):
         added = parts[i, 0] + parts[i, 1]
-        wanted = cos(added, whole[i]) - sum(cos(added, other) for other in others[i]) / 4
-        assert float(additive_compositionality(parts, whole, others)[i]) == pytest.approx(wanted)
-        rest = [cos(added, whole[j]) for j in range(5) if j != i]
-        assert float(additive_compositionality(parts, whole)[i]) == pytest.approx(cos(added, whole[i]) - sum(rest) / 4)
+        expected = cos(added, full[i]) - sum(cos(added, other) for other in others[i]) / 4
+        assert float(additive_compositionality(parts, full, others)[i]) == pytest.approx(expected)
+        rest = [cos(added, full[j]) for j in range(5) if j != i]
+        assert float(additive_compositionality(parts, full)[i]) == pytest.approx(cos(added, full[i]) - sum(rest) / 4)
 
 
 def clouds(seed=0, count=7, one=3, other=3):
@@ -225,8 +227,8 @@ def test_linear_cka():
     for x in (a, b):
         centered = x.numpy() - x.numpy().mean(axis=0)
         gram.append(centered @ centered.T)
-    wanted = (gram[0] * gram[1]).sum() / math.sqrt((gram[0] ** 2).sum() * (gram[1] ** 2).sum())
-    assert float(linear_cka(a, b)) == pytest.approx(wanted)
+    expected = (gram[0] * gram[1]).sum() / math.sqrt((gram[0] ** 2).sum() * (gram[1] ** 2).sum())
+    assert float(linear_cka(a, b)) == pytest.approx(expected)
     turn = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64))[0]
     assert float(linear_cka(a, 7 * a @ turn + 3)) == pytest.approx(1.0)
     assert linear_cka(a, torch.ones_like(b)).isnan()
@@ -240,8 +242,8 @@ def test_mutual_neighbors():
         return set(sorted((j for j in range(11) if j != i), key=lambda j: -float(unit[i] @ unit[j]))[:k])
 
     for k in (1, 3, 10):
-        wanted = sum(len(near(a, i, k) & near(b, i, k)) for i in range(11)) / (11 * k)
-        assert mutual_knn(a, b, k=k) == pytest.approx(wanted)
+        expected = sum(len(near(a, i, k) & near(b, i, k)) for i in range(11)) / (11 * k)
+        assert mutual_knn(a, b, k=k) == pytest.approx(expected)
     assert mutual_knn(a, 5 * a, k=2) == 1.0
 
 

@@ -27,20 +27,20 @@ RULES = {
 @pytest.mark.parametrize(("queries", "keys"), [(7, 7), (5, 11), (11, 5), (1, 1), (0, 3)])
 def test_patterns(name, queries, keys):
     build, rule = RULES[name]
-    found = build(queries, keys)
-    wanted = [[rule(i, j) for j in range(keys)] for i in range(queries)]
-    assert found.mask.tolist() == wanted
-    pairs = sum(sum(row) for row in wanted)
-    assert found.pairs == pairs
-    assert found.density == (pairs / (queries * keys) if queries * keys else 0.0)
+    result = build(queries, keys)
+    expected = [[rule(i, j) for j in range(keys)] for i in range(queries)]
+    assert result.mask.tolist() == expected
+    pairs = sum(sum(row) for row in expected)
+    assert result.pairs == pairs
+    assert result.density == (pairs / (queries * keys) if queries * keys else 0.0)
 
 
 def test_random_keys():
-    found = sparse_patterns.random_keys(5, 11, count=3, seed=4)
-    assert found.mask.sum(dim=1).tolist() == [3] * 5
-    assert (found.pairs, found.density) == (15, 3 / 11)
-    assert torch.equal(found.mask, sparse_patterns.random_keys(5, 11, count=3, seed=4).mask)
-    assert not torch.equal(found.mask, sparse_patterns.random_keys(5, 11, count=3, seed=5).mask)
+    result = sparse_patterns.random_keys(5, 11, count=3, seed=4)
+    assert result.mask.sum(dim=1).tolist() == [3] * 5
+    assert (result.pairs, result.density) == (15, 3 / 11)
+    assert torch.equal(result.mask, sparse_patterns.random_keys(5, 11, count=3, seed=4).mask)
+    assert not torch.equal(result.mask, sparse_patterns.random_keys(5, 11, count=3, seed=5).mask)
     assert sparse_patterns.random_keys(2, 3, count=7).density == 1.0
     state = torch.random.get_rng_state()
     sparse_patterns.random_keys(5, 11, count=3)
@@ -52,19 +52,19 @@ def test_random_keys():
 def test_top_k_includes_ties(seed, k):
     logits = torch.randint(5, (2, 3, 7), generator=torch.Generator().manual_seed(seed)).double()
     logits[0, 0, 2] = -torch.inf
-    found = sparse_patterns.top_k(logits, k=k)
-    for row, kept in zip(logits.flatten(0, 1).tolist(), found.mask.flatten(0, 1).tolist(), strict=True):
+    result = sparse_patterns.top_k(logits, k=k)
+    for row, kept in zip(logits.flatten(0, 1).tolist(), result.mask.flatten(0, 1).tolist(), strict=True):
         least = sorted(row, reverse=True)[min(k, 7) - 1]
         assert kept == [x >= least and x > -np.inf for x in row]
-    assert found.pairs == int(found.mask.sum())
-    assert found.density == found.pairs / 42
+    assert result.pairs == int(result.mask.sum())
+    assert result.density == result.pairs / 42
 
 
 def test_bottleneck_for_three_modalities():
     lengths, count = [2, 3, 1], 2
     labels = [0, 0, 1, 1, 1, 2, "shared", "shared"]
-    wanted = [[a == b or "shared" in (a, b) for b in labels] for a in labels]
-    assert sparse_patterns.bottleneck(lengths, count=count).mask.tolist() == wanted
+    expected = [[a == b or "shared" in (a, b) for b in labels] for a in labels]
+    assert sparse_patterns.bottleneck(lengths, count=count).mask.tolist() == expected
     assert sparse_patterns.bottleneck([3], count=0).density == 1.0
     assert sparse_patterns.bottleneck([2, 2], count=0).density == 0.5
 
@@ -88,9 +88,9 @@ def test_attention_with_a_pattern_equals_masked_softmax(name):
     random = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(1, 1, n, 4, generator=random, dtype=torch.float64) for n in (5, 11, 11))
     pattern = RULES[name][0](5, 11)
-    found = attend(query, key, value, mask=pattern.mask[None, None]).output[0, 0]
-    wanted = slow.soft_attention(*(x[0, 0].numpy() for x in (query, key, value)), pattern.mask.tolist())
-    torch.testing.assert_close(found, torch.from_numpy(wanted), **EXACT)
+    result = attend(query, key, value, mask=pattern.mask[None, None]).output[0, 0]
+    expected = slow.soft_attention(*(x[0, 0].numpy() for x in (query, key, value)), pattern.mask.tolist())
+    torch.testing.assert_close(result, torch.from_numpy(expected), **EXACT)
 
 
 def test_linear_attention():
@@ -99,8 +99,8 @@ def test_linear_attention():
         torch.randn(2, 3, n, width, generator=random, dtype=torch.float64) for n, width in ((5, 4), (7, 4), (7, 2))
     )
     mask = torch.tensor([[True] * 4 + [False] * 3, [False] * 7])
-    found = linear_attend(query, key, value, mask=mask)
-    assert float(found[1].abs().max()) == 0.0
+    result = linear_attend(query, key, value, mask=mask)
+    assert float(result[1].abs().max()) == 0.0
 
     def phi(x):
         return np.where(x > 0, x + 1, np.exp(x))
@@ -108,8 +108,8 @@ def test_linear_attention():
     for h in range(3):
         for i in range(5):
             weights = [phi(query[0, h, i].numpy()) @ phi(key[0, h, j].numpy()) for j in range(4)]
-            wanted = sum(w * value[0, h, j].numpy() for j, w in enumerate(weights)) / sum(weights)
-            assert found[0, h, i].tolist() == pytest.approx(wanted.tolist(), rel=EXACT["rtol"])
+            expected = sum(w * value[0, h, j].numpy() for j, w in enumerate(weights)) / sum(weights)
+            assert result[0, h, i].tolist() == pytest.approx(expected.tolist(), rel=EXACT["rtol"])
     leaves = [x.clone().requires_grad_() for x in (query[:1, :1], key[:1, :1], value[:1, :1])]
     assert torch.autograd.gradcheck(linear_attend, leaves)
 

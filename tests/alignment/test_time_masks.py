@@ -47,13 +47,13 @@ def loop_mask(allowed, empty, valid=None):
 @pytest.mark.parametrize("lag", [0.0, 0.75])
 def test_windows(empty, valid, lag):
     for width in (0.0, 0.5, 2.0):
-        found = time_window(QUERY, KEY, width=width, lag=lag, valid=valid, empty=empty)
-        wanted = loop_mask(lambda t, s, width=width: (abs(t - s - lag) <= width, abs(t - s - lag)), empty, valid)
-        assert torch.equal(found, wanted)
+        result = time_window(QUERY, KEY, width=width, lag=lag, valid=valid, empty=empty)
+        expected = loop_mask(lambda t, s, width=width: (abs(t - s - lag) <= width, abs(t - s - lag)), empty, valid)
+        assert torch.equal(result, expected)
     for slack in (0.0, 1.0):
-        found = time_causal(QUERY, KEY, slack=slack, lag=lag, valid=valid, empty=empty)
-        wanted = loop_mask(lambda t, s, slack=slack: (s <= t - lag + slack, s - t + lag), empty, valid)
-        assert torch.equal(found, wanted)
+        result = time_causal(QUERY, KEY, slack=slack, lag=lag, valid=valid, empty=empty)
+        expected = loop_mask(lambda t, s, slack=slack: (s <= t - lag + slack, s - t + lag), empty, valid)
+        assert torch.equal(result, expected)
 
 
 def test_empty_window_gives_zero_or_the_nearest_token():
@@ -70,9 +70,9 @@ def test_empty_window_gives_zero_or_the_nearest_token():
 def test_unknown_times():
     query, key = QUERY.clone(), KEY.clone()
     query[0, 3] = key[1, 4] = math.nan
-    found = time_window(query, key, width=0.5)
-    assert found[0, 3].all()
-    assert found[1, :, 4].all()
+    result = time_window(query, key, width=0.5)
+    assert result[0, 3].all()
+    assert result[1, :, 4].all()
     bias = time_bias(query, key)
     assert float(bias[0, 3].abs().max()) == float(bias[1, :, 4].abs().max()) == 0.0
     assert bias.isfinite().all()
@@ -80,13 +80,13 @@ def test_unknown_times():
 
 @pytest.mark.parametrize("kind", ["gaussian", "linear"])
 def test_biases(kind):
-    found = time_bias(QUERY, KEY, kind=kind, width=0.8, lag=0.3)
+    result = time_bias(QUERY, KEY, kind=kind, width=0.8, lag=0.3)
     for b in range(2):
         for i in range(5):
             for j in range(7):
                 apart = float(QUERY[b, i] - KEY[b, j]) - 0.3
-                wanted = -(apart**2) / (2 * 0.8**2) if kind == "gaussian" else -abs(apart) / 0.8
-                assert float(found[b, i, j]) == pytest.approx(wanted, rel=EXACT["rtol"], abs=EXACT["atol"])
+                expected = -(apart**2) / (2 * 0.8**2) if kind == "gaussian" else -abs(apart) / 0.8
+                assert float(result[b, i, j]) == pytest.approx(expected, rel=EXACT["rtol"], abs=EXACT["atol"])
 
 
 def test_gradients_of_width_and_lag():
@@ -121,15 +121,15 @@ def test_masks_depend_on_time_differences_only(shift, unit):
 
 def test_rotation_by_pairs_of_features():
     x = random_heads(0, 5)
-    found = rotate_by_time(x, QUERY, theta=100.0, unit=2.0)
+    result = rotate_by_time(x, QUERY, theta=100.0, unit=2.0)
     for b in range(2):
         for i in range(5):
             for k in range(2):
                 angle = 100.0 ** (-2 * k / 4) * float(QUERY[b, i]) / 2.0
                 for h in range(3):
                     pair = complex(*x[b, h, i, 2 * k : 2 * k + 2].tolist()) * complex(math.cos(angle), math.sin(angle))
-                    assert found[b, h, i, 2 * k : 2 * k + 2].tolist() == pytest.approx([pair.real, pair.imag])
-    torch.testing.assert_close(found.norm(dim=-1), x.norm(dim=-1), **EXACT)
+                    assert result[b, h, i, 2 * k : 2 * k + 2].tolist() == pytest.approx([pair.real, pair.imag])
+    torch.testing.assert_close(result.norm(dim=-1), x.norm(dim=-1), **EXACT)
     assert rotate_by_time(x, None) is x
     assert torch.equal(rotate_by_time(x, torch.full((2, 5), math.nan)), x)
 
@@ -137,11 +137,11 @@ def test_rotation_by_pairs_of_features():
 def test_unix_times_in_single_precision():
     """Times need float64, values do not."""
     query, key = random_heads(0, 5, torch.float32), random_heads(1, 7, torch.float32)
-    found = [
+    result = [
         torch.einsum("bhqd,bhkd->bhqk", rotate_by_time(query, QUERY + by), rotate_by_time(key, KEY + by))
         for by in (0.0, 1.7e9)
     ]
-    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(result[1], result[0], rtol=1e-4, atol=1e-4)
 
 
 def build_tokens():
@@ -164,10 +164,10 @@ def test_lags_of_pairs(kind):
     lagged = time_bias(QUERY, KEY, kind=kind, width=0.8, lag=0.3)
     torch.testing.assert_close(bias(*both.values(), *both), lagged, rtol=1e-6, atol=1e-6)
     packed = pack(both, cls=torch.zeros(3, dtype=torch.float64))
-    whole = bias(packed, packed)
-    torch.testing.assert_close(whole[:, 1:6, 6:], lagged, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(whole[:, 6:, 1:6], lagged.mT, rtol=1e-6, atol=1e-6)
-    assert whole.shape == (2, 13, 13)
+    full = bias(packed, packed)
+    torch.testing.assert_close(full[:, 1:6, 6:], lagged, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(full[:, 6:, 1:6], lagged.mT, rtol=1e-6, atol=1e-6)
+    assert full.shape == (2, 13, 13)
 
 
 def test_lag_is_learned():
@@ -197,9 +197,9 @@ def test_learning_can_be_disabled():
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(0, 1000))
 def test_dynamic_time_warping(rows, columns, seed):
     cost = torch.rand(rows, columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    found, path = float(dtw_cost(cost)), dtw_path(cost)
-    assert found == pytest.approx(slow.warping(cost.tolist()), rel=EXACT["rtol"])
-    assert sum(float(cost[i, j]) for i, j in path.tolist()) == pytest.approx(found, rel=EXACT["rtol"])
+    result, path = float(dtw_cost(cost)), dtw_path(cost)
+    assert result == pytest.approx(slow.warping(cost.tolist()), rel=EXACT["rtol"])
+    assert sum(float(cost[i, j]) for i, j in path.tolist()) == pytest.approx(result, rel=EXACT["rtol"])
     assert path[0].tolist() == [0, 0]
     assert path[-1].tolist() == [rows - 1, columns - 1]
     steps = path.diff(dim=0)

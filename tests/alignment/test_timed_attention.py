@@ -18,47 +18,47 @@ TIMES = {"sound": [0.0, 0.5, 1.0, 7.0], "picture": [0.25, 2.0, 3.0], "text": [5.
 
 
 def build_tokens(names=NAMES[:2], shift=0.0, masks=()):
-    made = {}
+    result = {}
     for seed, name in enumerate(names):
         random = torch.Generator().manual_seed(seed)
         count = len(TIMES[name])
         values = torch.randn(2, count, DIM, generator=random, dtype=torch.float64)
         times = torch.tensor([TIMES[name], [1.5 * t for t in TIMES[name]]], dtype=torch.float64) + shift
         mask = torch.arange(count).expand(2, -1) > 0 if name in masks else None
-        made[name] = Tokens(values, mask=mask, times=times)
-    return made
+        result[name] = Tokens(values, mask=mask, times=times)
+    return result
 
 
 def build_layer(names=NAMES[:2], seed=0, **options):
     torch.manual_seed(seed)
-    made = TimedAttention(DIM, 2, names=names, **options).double()
-    if made.bias is not None:
+    result = TimedAttention(DIM, 2, names=names, **options).double()
+    if result.bias is not None:
         with torch.no_grad():
-            made.bias.lags.normal_()
-    return made
+            result.bias.lags.normal_()
+    return result
 
 
 def test_without_times_equals_attention():
-    made, (sound, picture) = build_layer(bias=None), build_tokens().values()
+    layer, (sound, picture) = build_layer(bias=None), build_tokens().values()
     plain = Attention(DIM, 2).double()
-    plain.load_state_dict(made.state_dict())
-    wanted = plain(sound.values, picture.values).output
-    torch.testing.assert_close(made(sound, picture).output, wanted, **EXACT)
+    plain.load_state_dict(layer.state_dict())
+    expected = plain(sound.values, picture.values).output
+    torch.testing.assert_close(layer(sound, picture).output, expected, **EXACT)
     masked = build_tokens(masks=("picture",))["picture"]
-    wanted = plain(sound.values, picture.values, mask=masked.mask).output
-    torch.testing.assert_close(made(sound, masked).output, wanted, **EXACT)
+    expected = plain(sound.values, picture.values, mask=masked.mask).output
+    torch.testing.assert_close(layer(sound, masked).output, expected, **EXACT)
 
 
 @pytest.mark.parametrize("rotate", [False, True])
 @pytest.mark.parametrize("causal", [False, True])
 @torch.no_grad()
 def test_formula(rotate, causal):
-    made = build_layer(width=0.7, window=1.2, causal=causal, rotate=rotate, empty="zero", unit=0.5)
+    layer = build_layer(width=0.7, window=1.2, causal=causal, rotate=rotate, empty="zero", unit=0.5)
     sound, picture = build_tokens(masks=("picture",)).values()
-    found = made(sound, picture, "sound", "picture").output
-    lag = float(made.bias.lag("sound", "picture"))
-    width = float(made.bias.log_widths[0, 1].exp())
-    query, key, value = made.query(sound.values), made.key(picture.values), made.value(picture.values)
+    result = layer(sound, picture, "sound", "picture").output
+    lag = float(layer.bias.lag("sound", "picture"))
+    width = float(layer.bias.log_widths[0, 1].exp())
+    query, key, value = layer.query(sound.values), layer.key(picture.values), layer.value(picture.values)
 
     def pairs(x, time):
         turned = []
@@ -85,65 +85,65 @@ def test_formula(rotate, causal):
                     weights[j] = math.exp(logit - apart**2 / (2 * width**2))
                 for j, weight in weights.items():
                     row[part] += weight / sum(weights.values()) * value[b, j, part]
-            torch.testing.assert_close(found[b, i], made.out(row), rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(result[b, i], layer.out(row), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("options", [{}, {"bias": "linear", "window": 2.0}, {"rotate": True, "causal": True}])
 def test_output_depends_on_time_differences_only(options):
-    made = build_layer(**options)
-    found = [made(*build_tokens(shift=shift).values(), "sound", "picture").output for shift in (0.0, 1000.0)]
-    torch.testing.assert_close(found[1], found[0], rtol=1e-8, atol=1e-8)
+    layer = build_layer(**options)
+    result = [layer(*build_tokens(shift=shift).values(), "sound", "picture").output for shift in (0.0, 1000.0)]
+    torch.testing.assert_close(result[1], result[0], rtol=1e-8, atol=1e-8)
 
 
 @torch.no_grad()
 def test_causal_by_time():
     sound, picture = build_tokens().values()
     for options in ({}, {"window": 0.1}):
-        made = build_layer(bias=None, causal=True, **options)
-        for place in range(3):
+        layer = build_layer(bias=None, causal=True, **options)
+        for index in range(3):
             values = picture.values.clone()
-            values[:, place] += 1.0
-            moved = made(sound, Tokens(values, times=picture.times)).output - made(sound, picture).output
-            ahead = sound.times < picture.times[:, place, None]
+            values[:, index] += 1.0
+            moved = layer(sound, Tokens(values, times=picture.times)).output - layer(sound, picture).output
+            ahead = sound.times < picture.times[:, index, None]
             assert float(moved[ahead].abs().sum()) == 0.0
             if not options:
                 assert (moved.abs().amax(dim=-1) > 0).equal(~ahead)
 
 
 def test_empty_window():
-    made, (sound, picture) = build_layer(bias=None, window=0.3), build_tokens().values()
+    layer, (sound, picture) = build_layer(bias=None, window=0.3), build_tokens().values()
     nearest = (sound.times[:, :, None] - picture.times[:, None]).abs().argmin(dim=2)
-    found = made(sound, picture).output
-    wanted = made.out(made.value(picture.values))
-    torch.testing.assert_close(found[0, 3], wanted[0, nearest[0, 3]], **EXACT)
+    result = layer(sound, picture).output
+    expected = layer.out(layer.value(picture.values))
+    torch.testing.assert_close(result[0, 3], expected[0, nearest[0, 3]], **EXACT)
     nothing = build_layer(bias=None, window=0.3, empty="zero")(sound, picture).output
-    torch.testing.assert_close(nothing[0, 3], made.out.bias, **EXACT)
+    torch.testing.assert_close(nothing[0, 3], layer.out.bias, **EXACT)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_packed_tokens_of_any_number_of_modalities(count):
     names = NAMES[:count]
-    made, both = build_layer(names, window=1.0), build_tokens(names)
+    layer, both = build_layer(names, window=1.0), build_tokens(names)
     packed = pack(both, cls=torch.ones(DIM, dtype=torch.float64))
-    found = made(packed)
-    assert found.output.shape == packed.values.shape
-    assert found.share.shape == (2, 2, len(packed), count)
-    with watch(made) as seen:
-        made(packed)
-    torch.testing.assert_close(seen.share(seen.layers[0]), found.share.mean(dim=2).to(torch.float32), **SINGLE)
+    result = layer(packed)
+    assert result.output.shape == packed.values.shape
+    assert result.share.shape == (2, 2, len(packed), count)
+    with watch(layer) as seen:
+        layer(packed)
+    torch.testing.assert_close(seen.share(seen.layers[0]), result.share.mean(dim=2).to(torch.float32), **SINGLE)
     # The class token attends to all tokens, regardless of its time.
     far = pack(build_tokens(names, shift=100.0), cls=torch.ones(DIM, dtype=torch.float64))
-    torch.testing.assert_close(made(far).output, found.output, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(layer(far).output, result.output, rtol=1e-8, atol=1e-8)
     masked = pack(build_tokens(names, masks=names))
-    assert made(masked).output.isfinite().all()
+    assert layer(masked).output.isfinite().all()
 
 
 def test_gradients_reach_lag_and_width():
-    made, (sound, picture) = build_layer(window=2.0), build_tokens().values()
-    made(sound, picture, "sound", "picture").output.square().sum().backward()
-    assert float(made.bias.lags.grad[0, 1].abs()) > 0
-    assert float(made.bias.log_widths.grad[0, 1].abs()) > 0
-    assert float(made.query.weight.grad.abs().max()) > 0
+    layer, (sound, picture) = build_layer(window=2.0), build_tokens().values()
+    layer(sound, picture, "sound", "picture").output.square().sum().backward()
+    assert float(layer.bias.lags.grad[0, 1].abs()) > 0
+    assert float(layer.bias.log_widths.grad[0, 1].abs()) > 0
+    assert float(layer.query.weight.grad.abs().max()) > 0
 
 
 def test_errors():

@@ -22,23 +22,23 @@ def doubles(*values):
     return torch.tensor(values, dtype=torch.float64)
 
 
-def build_at_progress(made, progress, **options):
+def build_at_progress(model, progress, **options):
     """Returns an AMCo at this progress of its curriculum."""
-    balancer = eq.balance.AMCo(made, **options)
+    balancer = eq.balance.AMCo(model, **options)
     balancer.progress.fill_(progress)
     return balancer
 
 
-def amplify_modality(made, name, factor=99.0):
+def amplify_modality(model, name, factor=99.0):
     """Increases one modality's logits."""
     with torch.no_grad():
-        made.head.weight.chunk(len(made.names), dim=1)[made.names.index(name)].mul_(factor)
+        model.head.weight.chunk(len(model.names), dim=1)[model.names.index(name)].mul_(factor)
 
 
-def modality_parts(made, balancer, inputs):
-    output = made(inputs)
-    found = made.fusion.contributions(output, made.head.head)
-    return [to_lists(found[name]) for name in made.names]
+def modality_parts(model, balancer, inputs):
+    output = model(inputs)
+    result = model.fusion.contributions(output, model.head.head)
+    return [to_lists(result[name]) for name in model.names]
 
 
 def test_curriculum_worked_example():
@@ -59,10 +59,10 @@ def test_progress_per_step_is_proportional_to_epoch():
 
 
 def test_masked_class_count_is_rounded_down_and_classes_vary_by_step():
-    made = additive_model(outputs=7)
+    model = additive_model(outputs=7)
     for progress, number in ((0.0, 0), (0.1, 3), (0.29, 6), (0.3, 7)):
-        assert int(build_at_progress(made, progress).masked_classes().sum()) == number
-    balancer, drawn = build_at_progress(made, 0.1), []
+        assert int(build_at_progress(model, progress).masked_classes().sum()) == number
+    balancer, drawn = build_at_progress(model, 0.1), []
     state = torch.get_rng_state()
     for _ in range(9):
         drawn.append(tuple(to_lists(balancer.masked_classes())))
@@ -70,15 +70,15 @@ def test_masked_class_count_is_rounded_down_and_classes_vary_by_step():
         balancer.before_step()
     assert len(set(drawn)) > 3
     assert torch.equal(torch.get_rng_state(), state)
-    assert drawn[0] != tuple(to_lists(build_at_progress(made, 0.1, seed=1).masked_classes()))
+    assert drawn[0] != tuple(to_lists(build_at_progress(model, 0.1, seed=1).masked_classes()))
 
 
 def test_masses_equal_the_oracle():
     parts = torch.randn(3, 5, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 3
     here = torch.ones(3, 5, dtype=torch.bool)
-    found = masses(parts, here, "classification")
+    result = masses(parts, here, "classification")
     for i in range(5):
-        assert to_lists(found[:, i]) == pytest.approx(mass_of(to_lists(parts[:, i])), abs=1e-12)
+        assert to_lists(result[:, i]) == pytest.approx(mass_of(to_lists(parts[:, i])), abs=1e-12)
     # Of a sample that lacks the first modality, the others share everything.
     here[0, 2] = False
     assert to_lists(masses(parts, here, "classification")[:, 2]) == pytest.approx([0, *mass_of(to_lists(parts[1:, 2]))])
@@ -89,105 +89,105 @@ def test_masses_equal_the_oracle():
 @pytest.mark.parametrize("dominant", ["audio", "image", None])
 @pytest.mark.parametrize("progress", [0.0, 0.15, 0.3])
 def test_loss_equals_the_oracle(dominant, progress):
-    made, inputs = additive_model(), batch(size=7)
+    model, inputs = additive_model(), batch(size=7)
     if dominant:
-        amplify_modality(made, dominant)
-    balancer = build_at_progress(made, progress, sigma=0.7)
+        amplify_modality(model, dominant)
+    balancer = build_at_progress(model, progress, sigma=0.7)
     with torch.no_grad():
-        made.head.mix.weight.normal_(generator=torch.Generator().manual_seed(5))
-        made.head.mix.bias.normal_(generator=torch.Generator().manual_seed(6))
-    parts = modality_parts(made, balancer, inputs)
+        model.head.mix.weight.normal_(generator=torch.Generator().manual_seed(5))
+        model.head.mix.bias.normal_(generator=torch.Generator().manual_seed(6))
+    parts = modality_parts(model, balancer, inputs)
     mass = [sum(mass_of([p[i] for p in parts])[m] for i in range(7)) / 7 for m in range(2)]
-    assert [m > 0.7 for m in mass] == [name == dominant for name in made.names]
+    assert [m > 0.7 for m in mass] == [name == dominant for name in model.names]
     hidden = [c for c, hides in enumerate(to_lists(balancer.masked_classes())) if hides]
-    mix, bias = to_lists(made.head.mix.weight), to_lists(made.head.mix.bias)
+    mix, bias = to_lists(model.head.mix.weight), to_lists(model.head.mix.bias)
     expected = amco(parts, to_lists(inputs["target"]), hidden, mix, bias, 0.7)
-    assert float(penalty_of(balancer, made, inputs)) == pytest.approx(expected, rel=1e-9)
+    assert float(penalty_of(balancer, model, inputs)) == pytest.approx(expected, rel=1e-9)
     plain = amco(parts, to_lists(inputs["target"]), [], mix, bias, 0.7)
     assert (expected != plain) == bool(dominant and progress)
 
 
 @pytest.mark.parametrize("fusion", [eq.fusion.Concat, eq.fusion.Sum])
 def test_head_starts_as_identity_and_learns(fusion):
-    made, plain, inputs = (*(additive_model(fusion=fusion(DIM), unimodal="probe") for _ in range(2)), batch())
+    result, plain, inputs = (*(additive_model(fusion=fusion(DIM), unimodal="probe") for _ in range(2)), batch())
     state = torch.get_rng_state()
-    balancing = eq.BalancerList(made, [eq.balance.AMCo(made)])
+    balancing = eq.BalancerList(result, [eq.balance.AMCo(result)])
     assert torch.equal(torch.get_rng_state(), state)
-    torch.testing.assert_close(made(inputs).logits, plain(inputs).logits, **EXACT)
-    assert set(made.state_dict()) - set(plain.state_dict()) >= {"head.mix.weight", "head.mix.bias"}
-    found = step(made, balancing, inputs)
-    assert float(found["head.mix.weight"].abs().sum()) > 0
+    torch.testing.assert_close(result(inputs).logits, plain(inputs).logits, **EXACT)
+    assert set(result.state_dict()) - set(plain.state_dict()) >= {"head.mix.weight", "head.mix.bias"}
+    actual = step(result, balancing, inputs)
+    assert float(actual["head.mix.weight"].abs().sum()) > 0
     # Without dominance it is the plain loss and each modality's own.
     parts = plain.contributions(plain(inputs))
     alone = sum(float(plain.loss(part, inputs["target"]).detach()) for part in parts.values())
     expected = loss_of(eq.BalancerList(plain), plain, inputs) + alone
-    assert loss_of(balancing, made, inputs) == pytest.approx(expected, rel=1e-9)
+    assert loss_of(balancing, result, inputs) == pytest.approx(expected, rel=1e-9)
 
 
 def test_masked_modality_is_trained_by_its_unimodal_loss_only():
-    made, inputs = additive_model(unimodal="none"), batch(size=7)
-    amplify_modality(made, "audio")
-    balancer = build_at_progress(made, 0.3)
-    found = step(made, eq.BalancerList(made, [balancer]), inputs)
-    output = made(inputs)
-    own = made.loss(made.fusion.contributions(output, made.head.head)["audio"], inputs["target"])
-    (expected,) = torch.autograd.grad(own, [made.encoders["audio"].weight])
-    torch.testing.assert_close(found["encoders.audio.weight"], expected, **EXACT)
+    model, inputs = additive_model(unimodal="none"), batch(size=7)
+    amplify_modality(model, "audio")
+    balancer = build_at_progress(model, 0.3)
+    result = step(model, eq.BalancerList(model, [balancer]), inputs)
+    output = model(inputs)
+    own = model.loss(model.fusion.contributions(output, model.head.head)["audio"], inputs["target"])
+    (expected,) = torch.autograd.grad(own, [model.encoders["audio"].weight])
+    torch.testing.assert_close(result["encoders.audio.weight"], expected, **EXACT)
 
 
 def test_unimodal_samples_do_not_affect_dominance():
-    made, whole = additive_model(), batch(size=13, missing=("image",))
-    here = whole["mask"]["image"]
-    amplify_modality(made, "image")
-    balancer = build_at_progress(made, 0.3)
-    output = made(whole)
-    parts = torch.stack(list(made.fusion.contributions(output, made.head.head).values())).detach()
+    model, full = additive_model(), batch(size=13, missing=("image",))
+    here = full["mask"]["image"]
+    amplify_modality(model, "image")
+    balancer = build_at_progress(model, 0.3)
+    output = model(full)
+    parts = torch.stack(list(model.fusion.contributions(output, model.head.head).values())).detach()
     counted = torch.stack([torch.ones_like(here), here])
     assert to_lists(balancer._dominant(parts, counted)) == [False, True]
     assert to_lists(balancer._dominant(parts[:, here], counted[:, here])) == [False, True]
-    gone = {**whole, "image": None, "mask": {}}
+    gone = {**full, "image": None, "mask": {}}
     # No sample has several modalities, so nothing is masked.
-    audio = made.fusion.contributions(made(gone), made.head.head)["audio"]
-    expected = made.loss(made(gone).logits, gone["target"]) + made.loss(audio, gone["target"])
-    torch.testing.assert_close(penalty_of(balancer, made, gone), expected.detach(), **EXACT)
+    audio = model.fusion.contributions(model(gone), model.head.head)["audio"]
+    expected = model.loss(model(gone).logits, gone["target"]) + model.loss(audio, gone["target"])
+    torch.testing.assert_close(penalty_of(balancer, model, gone), expected.detach(), **EXACT)
 
 
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("number", [2, 3])
 def test_all_tasks(task, number):
     names = NAMES[:number]
-    made, inputs = additive_model(names, task=task), batch_for(task, names, size=7)
-    amplify_modality(made, "image")
-    balancer = build_at_progress(made, 0.0)
-    shown = float(penalty_of(balancer, made, inputs))
+    model, inputs = additive_model(names, task=task), batch_for(task, names, size=7)
+    amplify_modality(model, "image")
+    balancer = build_at_progress(model, 0.0)
+    shown = float(penalty_of(balancer, model, inputs))
     balancer.progress.fill_(0.3)
-    assert float(penalty_of(balancer, made, inputs)) != shown
-    found = step(made, eq.BalancerList(made, [balancer]), inputs)
-    assert all(bool(gradient.isfinite().all()) for gradient in found.values())
+    assert float(penalty_of(balancer, model, inputs)) != shown
+    result = step(model, eq.BalancerList(model, [balancer]), inputs)
+    assert all(bool(gradient.isfinite().all()) for gradient in result.values())
 
 
 def test_resume_from_saved_state():
-    made, inputs = additive_model(), batch(size=7)
-    amplify_modality(made, "audio")
-    balancer = build_at_progress(made, 0.15)
+    model, inputs = additive_model(), batch(size=7)
+    amplify_modality(model, "audio")
+    balancer = build_at_progress(model, 0.15)
     balancer.end_epoch()
     balancer.before_step()
-    states = copy.deepcopy([made.state_dict(), balancer.state_dict()])
+    states = copy.deepcopy([model.state_dict(), balancer.state_dict()])
     fresh = additive_model(seed=3)
     other = eq.balance.AMCo(fresh)
     fresh.load_state_dict(states[0])
     other.load_state_dict(states[1])
-    assert float(penalty_of(other, fresh, inputs)) == float(penalty_of(balancer, made, inputs))
+    assert float(penalty_of(other, fresh, inputs)) == float(penalty_of(balancer, model, inputs))
     assert other.end_epoch() == balancer.end_epoch()
 
 
 def test_autocast():
-    made, inputs = additive_model(dtype=torch.float32), batch(dtype=torch.float32)
-    balancer = build_at_progress(made, 0.15)
-    exact = penalty_of(balancer, made, inputs)
+    model, inputs = additive_model(dtype=torch.float32), batch(dtype=torch.float32)
+    balancer = build_at_progress(model, 0.15)
+    exact = penalty_of(balancer, model, inputs)
     with torch.autocast("cpu", torch.bfloat16):
-        found = penalty_of(balancer, made, inputs)
-    torch.testing.assert_close(found, exact, **TOL[torch.bfloat16])
+        result = penalty_of(balancer, model, inputs)
+    torch.testing.assert_close(result, exact, **TOL[torch.bfloat16])
 
 
 def test_errors():
@@ -196,15 +196,17 @@ def test_errors():
     for wrong in ({"sigma": 1.0}, {"epsilon": 0.0}, {"rate": 0.0}):
         with pytest.raises(ConfigError, match=f"AMCo: expected 0 < sigma < 1, .* got .*{next(iter(wrong))} = "):
             eq.balance.AMCo(additive_model(), **wrong)
-    made = attention_model()
+    model = attention_model()
     with pytest.raises(ConfigError, match="expected logits that are a sum over modalities, got fusion JointAttention"):
-        penalty_of(eq.balance.AMCo(made), made, batch())
+        penalty_of(eq.balance.AMCo(model), model, batch())
 
 
 def test_ensemble_logits_are_added():
-    made, inputs = additive_model(unimodal="ensemble"), batch()
-    balancer = eq.balance.AMCo(made)
-    output = made.train()(inputs)
-    own = sum(made.loss(part, inputs["target"]) for part in made.fusion.contributions(output, made.head.head).values())
-    wanted = made.loss(output.logits, inputs["target"]) + own
-    torch.testing.assert_close(balancer.penalty(output, inputs["target"]), wanted, **EXACT)
+    model, inputs = additive_model(unimodal="ensemble"), batch()
+    balancer = eq.balance.AMCo(model)
+    output = model.train()(inputs)
+    own = sum(
+        model.loss(part, inputs["target"]) for part in model.fusion.contributions(output, model.head.head).values()
+    )
+    expected = model.loss(output.logits, inputs["target"]) + own
+    torch.testing.assert_close(balancer.penalty(output, inputs["target"]), expected, **EXACT)

@@ -29,8 +29,8 @@ def test_copied_methods_are_bound_to_the_copy():
 
 
 def test_decorated_method_is_not_compiled():
-    told = []
-    look = CompileDisabled(lambda x: told.append(torch.compiler.is_compiling()))
+    messages = []
+    look = CompileDisabled(lambda x: messages.append(torch.compiler.is_compiling()))
     operations = []
 
     def backend(graph, _):
@@ -44,5 +44,5 @@ def test_decorated_method_is_not_compiled():
         return y + 1
 
     assert float(step(torch.tensor(3.0))) == 7.0
-    assert told == [False]
+    assert messages == [False]
     assert len(operations) == 2

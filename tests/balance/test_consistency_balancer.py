@@ -17,8 +17,8 @@ NAMES = ("audio", "image", "text")
 
 def build(names=NAMES, **options):
     torch.manual_seed(0)
-    made = attention_model(names, fusion=eq.fusion.Concat(DIM))
-    return made, eq.balance.ConsistencyBalancer(made, **{"slots": 3, **options})
+    model = attention_model(names, fusion=eq.fusion.Concat(DIM))
+    return model, eq.balance.ConsistencyBalancer(model, **{"slots": 3, **options})
 
 
 def loop_scores(tokens, concepts, temperature):
@@ -34,7 +34,7 @@ def loop_scores(tokens, concepts, temperature):
         center = sum(rows) / len(rows)
         units.append([(row - center) / (row - center).norm() for row in rows])
     count, size = len(units), len(concepts)
-    whole = torch.eye(count * size, dtype=torch.float64)
+    full = torch.eye(count * size, dtype=torch.float64)
     for i in range(count):
         for j in range(count):
             for a in range(size):
@@ -42,44 +42,44 @@ def loop_scores(tokens, concepts, temperature):
                     continue
                 cosines = [math.exp(float(units[i][a] @ units[j][b]) / temperature) for b in range(size)]
                 for b in range(size):
-                    whole[i * size + a, j * size + b] = cosines[b] / sum(cosines)
-    whole = (whole + whole.T) / 2
-    singular = torch.linalg.svdvals(whole)
+                    full[i * size + a, j * size + b] = cosines[b] / sum(cosines)
+    full = (full + full.T) / 2
+    singular = torch.linalg.svdvals(full)
     return math.log(float(singular.sum() ** 2 / (singular**2).sum()) / size)
 
 
 def test_hand_computed_loss_with_missing_modalities():
-    made, balancer = build(weight=0.7, temperature=0.3)
+    model, balancer = build(weight=0.7, temperature=0.3)
     inputs = batch(NAMES, missing=("text",))
-    output = made(inputs)
+    output = model(inputs)
     present = torch.stack([output.tokens[name].present() for name in NAMES]).all(dim=0)
     assert 0 < int(present.sum()) < len(present)
     expected = 0.0
     for sample in present.nonzero()[:, 0].tolist():
         parts = [(output.tokens[n].values[sample].detach(), output.tokens[n].valid()[sample]) for n in NAMES]
-        expected += 0.7 * loop_scores(parts, made.concepts.concepts.detach(), 0.3) / len(present)
-    found = balancer.penalty(output, inputs["target"])
-    torch.testing.assert_close(found.detach(), torch.tensor(expected, dtype=torch.float64), **EXACT)
+        expected += 0.7 * loop_scores(parts, model.concepts.concepts.detach(), 0.3) / len(present)
+    result = balancer.penalty(output, inputs["target"])
+    torch.testing.assert_close(result.detach(), torch.tensor(expected, dtype=torch.float64), **EXACT)
 
 
 def test_concepts_and_encoders_are_trained():
-    made, balancer = build()
-    balancer.penalty(made(batch(NAMES)), batch(NAMES)["target"]).backward()
-    assert bool(made.concepts.concepts.grad.any())
-    assert all(bool(parameter.grad.any()) for parameter in made.encoders.parameters() if parameter.ndim > 1)
-    assert made.head.weight.grad is None
+    model, balancer = build()
+    balancer.penalty(model(batch(NAMES)), batch(NAMES)["target"]).backward()
+    assert bool(model.concepts.concepts.grad.any())
+    assert all(bool(parameter.grad.any()) for parameter in model.encoders.parameters() if parameter.ndim > 1)
+    assert model.head.weight.grad is None
 
 
 def test_zero_weight_skips_computation():
-    made, balancer = build(weight=0.0)
-    assert balancer.penalty(made(batch(NAMES)), batch(NAMES)["target"]) is None
+    model, balancer = build(weight=0.0)
+    assert balancer.penalty(model(batch(NAMES)), batch(NAMES)["target"]) is None
 
 
 def test_no_complete_samples():
-    made, balancer = build()
+    model, balancer = build()
     inputs = batch(NAMES)
     inputs["mask"] = {"text": torch.zeros(len(inputs["target"]), dtype=torch.bool)}
-    assert float(balancer.penalty(made(inputs), inputs["target"]).detach()) == 0.0
+    assert float(balancer.penalty(model(inputs), inputs["target"]).detach()) == 0.0
 
 
 @pytest.mark.parametrize(
@@ -97,6 +97,6 @@ def test_invalid_models_raise(names, options, error):
 
 
 def test_second_consistency_balancer_raises():
-    made, _ = build()
+    model, _ = build()
     with pytest.raises(ConfigError, match="expected a model without concepts, got a second Consistency"):
-        eq.balance.ConsistencyBalancer(made)
+        eq.balance.ConsistencyBalancer(model)

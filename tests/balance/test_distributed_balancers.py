@@ -27,44 +27,44 @@ every = pytest.mark.parametrize("name", sorted(BALANCERS))
 
 def local_batch(rank, seed):
     """Returns the batch of one process: half of the samples if there are two."""
-    whole = batch(size=WORLD * SIZE, seed=seed)
-    return whole if rank is None else split_batch(whole, SIZE, SIZE)[rank]
+    full = batch(size=WORLD * SIZE, seed=seed)
+    return full if rank is None else split_batch(full, SIZE, SIZE)[rank]
 
 
 def train_in_process(rank, name):
     """Returns logits and logs of a few epochs; of one process on all data if ``rank`` is None."""
-    made, balancing = build_with_balancer(name)
-    loss = Loss(made, balancing)
+    model, balancing = build_with_balancer(name)
+    loss = Loss(model, balancing)
     if rank is not None:
         loss = DistributedDataParallel(loss, find_unused_parameters=balancing.partial_graph)
-    optimizer, logs = sgd(made, balancing), []
+    optimizer, logs = sgd(model, balancing), []
     for number in range(EPOCHS):
-        batches = [local_batch(rank, 10 * number + place) for place in range(STEPS)]
-        logs.append(epoch(made, balancing, optimizer, batches, [local_batch(rank, 500)], loss=loss))
-    return {"logs": logs, "answers": eval_logits(made)}
+        batches = [local_batch(rank, 10 * number + index) for index in range(STEPS)]
+        logs.append(epoch(model, balancing, optimizer, batches, [local_batch(rank, 500)], loss=loss))
+    return {"logs": logs, "answers": eval_logits(model)}
 
 
 def train_with_missing_modality(rank, name):
     """Whether all went well where one process at a time has a modality that the other lacks altogether."""
-    made, balancing = build_with_balancer(name)
-    loss = DistributedDataParallel(Loss(made, balancing), find_unused_parameters=True)
-    batches = [local_batch(rank, place) for place in range(3)]
+    model, balancing = build_with_balancer(name)
+    loss = DistributedDataParallel(Loss(model, balancing), find_unused_parameters=True)
+    batches = [local_batch(rank, index) for index in range(3)]
     batches[rank] = {**batches[rank], "image": None}
     batches[2] = {**batches[2], "image": None}
-    logs = [epoch(made, balancing, sgd(made, balancing), batches, batches[:2], loss=loss) for _ in range(2)]
-    return {"finite": all_finite(made, logs), "answers": eval_logits(made)}
+    logs = [epoch(model, balancing, sgd(model, balancing), batches, batches[:2], loss=loss) for _ in range(2)]
+    return {"finite": all_finite(model, logs), "answers": eval_logits(model)}
 
 
 def worker(rank, folder):
     with process_group(rank, folder, WORLD):
-        found = {}
+        result = {}
         for name in sorted(BALANCERS):
             try:
-                found[name] = train_in_process(rank, name)
-                found[name]["lacking"] = train_with_missing_modality(rank, name)
+                result[name] = train_in_process(rank, name)
+                result[name]["lacking"] = train_with_missing_modality(rank, name)
             except Exception as error:  # one balancer's failure is not the others'
-                found[name] = {"error": f"{type(error).__name__}: {error}"}
-        torch.save(found, f"{folder}/{rank}.pt")
+                result[name] = {"error": f"{type(error).__name__}: {error}"}
+        torch.save(result, f"{folder}/{rank}.pt")
 
 
 @pytest.fixture(scope="module")
@@ -107,9 +107,9 @@ def test_modality_missing_in_one_process(results, name):
 @every
 def test_half_of_the_data_gives_a_different_result(results, name):
     """Checks that the equality above can fail."""
-    made, balancing = build_with_balancer(name)
-    optimizer = sgd(made, balancing)
+    model, balancing = build_with_balancer(name)
+    optimizer = sgd(model, balancing)
     for number in range(EPOCHS):
-        batches = [local_batch(0, 10 * number + place) for place in range(STEPS)]
-        epoch(made, balancing, optimizer, batches, [local_batch(0, 500)])
-    assert not torch.allclose(eval_logits(made), results[0][name]["answers"], **EXACT)
+        batches = [local_batch(0, 10 * number + index) for index in range(STEPS)]
+        epoch(model, balancing, optimizer, batches, [local_batch(0, 500)])
+    assert not torch.allclose(eval_logits(model), results[0][name]["answers"], **EXACT)

@@ -28,8 +28,8 @@ MADE = {
 
 def local_batch(rank, **options):
     """Returns the batch of one process: half of the samples if there are two."""
-    whole = batch(size=WORLD * SIZE, **options)
-    return whole if rank is None else split_batch(whole, SIZE, SIZE)[rank]
+    full = batch(size=WORLD * SIZE, **options)
+    return full if rank is None else split_batch(full, SIZE, SIZE)[rank]
 
 
 class TrainingStep(nn.Module):
@@ -45,14 +45,14 @@ class TrainingStep(nn.Module):
 
 def train_in_process(rank, name):
     """Returns logits and logs of a few epochs; of one process on all data if ``rank`` is None."""
-    made = attention_model(fusion=eq.fusion.Concat(DIM))
-    balancing = eq.BalancerList(made, [MADE[name](made)])
-    called = TrainingStep(made, balancing)
+    model = attention_model(fusion=eq.fusion.Concat(DIM))
+    balancing = eq.BalancerList(model, [MADE[name](model)])
+    called = TrainingStep(model, balancing)
     if rank is not None:
         called = DistributedDataParallel(called, find_unused_parameters=balancing.partial_graph)
-    optimizer, logs = torch.optim.SGD(made.parameters(), lr=0.05, weight_decay=0.1), []
+    optimizer, logs = torch.optim.SGD(model.parameters(), lr=0.05, weight_decay=0.1), []
     for epoch in range(EPOCHS):
-        made.train()
+        model.train()
         inputs = [local_batch(rank, seed=10 * epoch + step) for step in range(STEPS)]
         for each in inputs * balancing.steps_per_batch:
             optimizer.zero_grad()
@@ -61,7 +61,7 @@ def train_in_process(rank, name):
             optimizer.step()
         balancing.review(inputs, [local_batch(rank, seed=500)])
         logs.append(balancing.end_epoch())
-    return {"logs": logs, "logits": made.eval()(batch(seed=99)).logits.detach()}
+    return {"logs": logs, "logits": model.eval()(batch(seed=99)).logits.detach()}
 
 
 def worker(rank, folder):

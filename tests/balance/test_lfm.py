@@ -25,16 +25,16 @@ def doubles(*values):
     return torch.tensor(values, dtype=torch.float64)
 
 
-def trained_weight(made, balancer, *batches):
-    step(made, eq.BalancerList(made, [balancer]), *batches)
+def trained_weight(model, balancer, *batches):
+    step(model, eq.BalancerList(model, [balancer]), *batches)
     return float(balancer.a1)
 
 
 def test_overflowing_step_changes_nothing():
-    made, inputs = additive_model(), batch()
-    balancer = eq.balance.LFM(made, a1=0.5, rate=1e-3)
-    assert trained_weight(made, balancer, {**inputs, "audio": inputs["audio"] * 1e308}) == 0.5
-    assert trained_weight(made, balancer, inputs) != 0.5
+    model, inputs = additive_model(), batch()
+    balancer = eq.balance.LFM(model, a1=0.5, rate=1e-3)
+    assert trained_weight(model, balancer, {**inputs, "audio": inputs["audio"] * 1e308}) == 0.5
+    assert trained_weight(model, balancer, inputs) != 0.5
 
 
 def test_worked_examples():
@@ -50,10 +50,10 @@ def test_worked_examples():
 @given(st.lists(st.tuples(st.floats(-9, 9), st.floats(-9, 9)), min_size=3, max_size=3))
 def test_divergence_equals_the_oracle_and_is_symmetric(pairs):
     one, other = (doubles(list(column)) for column in zip(*pairs, strict=True))
-    found = float(divergence(one, other, "classification"))
-    assert found == pytest.approx(jensen_shannon(softmax(to_lists(one)[0]), softmax(to_lists(other)[0])), abs=1e-12)
-    assert found == pytest.approx(float(divergence(other, one, "classification")), abs=1e-12)
-    assert -1e-12 <= found <= math.log(2) + 1e-12
+    result = float(divergence(one, other, "classification"))
+    assert result == pytest.approx(jensen_shannon(softmax(to_lists(one)[0]), softmax(to_lists(other)[0])), abs=1e-12)
+    assert result == pytest.approx(float(divergence(other, one, "classification")), abs=1e-12)
+    assert -1e-12 <= result <= math.log(2) + 1e-12
     both = [[1 / (1 + math.exp(-x)) for x in pair] for pair in pairs]
     expected = sum(jensen_shannon([p, 1 - p], [q, 1 - q]) for p, q in both) / 3
     assert float(divergence(one, other, "multilabel")) == pytest.approx(expected, abs=1e-12)
@@ -63,33 +63,33 @@ def test_divergence_equals_the_oracle_and_is_symmetric(pairs):
 @pytest.mark.parametrize("kind", [additive_model, attention_model])
 def test_loss_equals_the_oracle(kind, number):
     names = NAMES[:number]
-    made, inputs = kind(names), batch(names, size=7)
-    output = made(inputs)
-    alone = made.contributions(output) or output.unimodal_logits
+    model, inputs = kind(names), batch(names, size=7)
+    output = model(inputs)
+    alone = model.contributions(output) or output.unimodal_logits
     expected = lfm(to_lists(output.logits), [to_lists(alone[name]) for name in names], to_lists(inputs["target"]), 0.3)
-    assert float(penalty_of(eq.balance.LFM(made, a1=0.3), made, inputs)) == pytest.approx(expected, rel=1e-9)
+    assert float(penalty_of(eq.balance.LFM(model, a1=0.3), model, inputs)) == pytest.approx(expected, rel=1e-9)
 
 
 def test_weight_follows_task_loss_after_a_gradient_step():
-    made, inputs = additive_model(unimodal="probe"), batch(size=7)
-    weights, small = copy.deepcopy(made.state_dict()), 1e-4
+    model, inputs = additive_model(unimodal="probe"), batch(size=7)
+    weights, small = copy.deepcopy(model.state_dict()), 1e-4
 
     def after(a1):
-        made.load_state_dict(weights)
-        made.zero_grad()
-        balancer = eq.balance.LFM(made, a1=a1, schedule="fixed")
-        balancer.penalty(made(inputs), inputs["target"]).backward()
+        model.load_state_dict(weights)
+        model.zero_grad()
+        balancer = eq.balance.LFM(model, a1=a1, schedule="fixed")
+        balancer.penalty(model(inputs), inputs["target"]).backward()
         with torch.no_grad():
-            for parameter in made.parameters():
+            for parameter in model.parameters():
                 if parameter.grad is not None:
                     parameter -= small * parameter.grad
-            return float(made.loss(made(inputs).logits, inputs["target"]))
+            return float(model.loss(model(inputs).logits, inputs["target"]))
 
     slope = (after(1.0) - after(0.0)) / small
     assert abs(slope) > 0.01
-    made.load_state_dict(weights)
-    found = trained_weight(made, eq.balance.LFM(made, a1=0.5, rate=1e-3), inputs)
-    assert found == pytest.approx(0.5 - 1e-3 * slope, abs=1e-3 * abs(slope) * 0.01)
+    model.load_state_dict(weights)
+    result = trained_weight(model, eq.balance.LFM(model, a1=0.5, rate=1e-3), inputs)
+    assert result == pytest.approx(0.5 - 1e-3 * slope, abs=1e-3 * abs(slope) * 0.01)
 
 
 def test_worked_hyper_gradient():
@@ -98,77 +98,77 @@ def test_worked_hyper_gradient():
 
 
 def test_rate_halves_every_twenty_epochs_and_weight_is_bounded():
-    made, inputs = additive_model(), batch(size=7)
+    model, inputs = additive_model(), batch(size=7)
     changes = []
     for epochs in (0, 19, 20, 40):
-        balancer = eq.balance.LFM(made, rate=1e-3)
+        balancer = eq.balance.LFM(model, rate=1e-3)
         balancer.load_state_dict({**balancer.state_dict(), "epochs": torch.tensor(epochs)})
-        changes.append(trained_weight(made, balancer, inputs) - 0.5)
+        changes.append(trained_weight(model, balancer, inputs) - 0.5)
     assert abs(changes[0]) > 1e-6
     assert changes[1:] == pytest.approx([changes[0], changes[0] / 2, changes[0] / 4])
-    assert trained_weight(made, eq.balance.LFM(made, rate=1e9), inputs) in (0.05, 0.95)
+    assert trained_weight(model, eq.balance.LFM(model, rate=1e9), inputs) in (0.05, 0.95)
 
 
 def test_fixed_weight_does_not_change():
-    made, inputs = additive_model(), batch(size=7)
-    balancer = eq.balance.LFM(made, a1=0.99, schedule="fixed")
-    assert trained_weight(made, balancer, inputs) == 0.99
+    model, inputs = additive_model(), batch(size=7)
+    balancer = eq.balance.LFM(model, a1=0.99, schedule="fixed")
+    assert trained_weight(model, balancer, inputs) == 0.99
     assert balancer.end_epoch() == {"a1": 0.99}
 
 
 def test_accumulated_batches_equal_one_large_batch():
-    whole, made = batch(size=12), additive_model(unimodal="probe")
-    found = []
-    for parts in ((whole,), split_batch(whole, 5, 3, 4)):
-        balancer = eq.balance.LFM(made, rate=1e-2)
-        balancing = eq.BalancerList(made, [balancer])
-        found.append((step(made, balancing, *parts), float(balancer.a1)))
-    assert found[1][1] == pytest.approx(found[0][1], rel=1e-9)
-    assert found[0][1] != 0.5
-    for name in (n for n in found[0][0] if not n.startswith("unimodal")):
-        torch.testing.assert_close(found[1][0][name], found[0][0][name], **EXACT)
+    full, model = batch(size=12), additive_model(unimodal="probe")
+    result = []
+    for parts in ((full,), split_batch(full, 5, 3, 4)):
+        balancer = eq.balance.LFM(model, rate=1e-2)
+        balancing = eq.BalancerList(model, [balancer])
+        result.append((step(model, balancing, *parts), float(balancer.a1)))
+    assert result[1][1] == pytest.approx(result[0][1], rel=1e-9)
+    assert result[0][1] != 0.5
+    for name in (n for n in result[0][0] if not n.startswith("unimodal")):
+        torch.testing.assert_close(result[1][0][name], result[0][0][name], **EXACT)
 
 
 def test_samples_without_a_modality_form_no_pair():
-    made, whole = additive_model(), batch(size=13, missing=("image",))
-    here = whole["mask"]["image"]
-    output = made(whole)
-    parts = [to_lists(part[here]) for part in made.contributions(output).values()]
-    task = lfm(to_lists(output.logits), parts, to_lists(whole["target"]), 0.0)
-    apart = lfm(to_lists(output.logits[here]), parts, to_lists(whole["target"][here]), 1.0)
+    model, full = additive_model(), batch(size=13, missing=("image",))
+    here = full["mask"]["image"]
+    output = model(full)
+    parts = [to_lists(part[here]) for part in model.contributions(output).values()]
+    task = lfm(to_lists(output.logits), parts, to_lists(full["target"]), 0.0)
+    apart = lfm(to_lists(output.logits[here]), parts, to_lists(full["target"][here]), 1.0)
     expected = (task + apart) / 2
-    assert float(penalty_of(eq.balance.LFM(made), made, whole)) == pytest.approx(expected, rel=1e-9)
-    gone = {**whole, "image": None, "mask": {}}
-    only = made.loss(made(gone).logits, gone["target"]).detach()
-    torch.testing.assert_close(penalty_of(eq.balance.LFM(made), made, gone), only, **EXACT)
+    assert float(penalty_of(eq.balance.LFM(model), model, full)) == pytest.approx(expected, rel=1e-9)
+    gone = {**full, "image": None, "mask": {}}
+    only = model.loss(model(gone).logits, gone["target"]).detach()
+    torch.testing.assert_close(penalty_of(eq.balance.LFM(model), model, gone), only, **EXACT)
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_all_tasks(task):
-    made, inputs = attention_model(task=task), batch_for(task, size=7)
-    balancer = eq.balance.LFM(made, rate=1e-2)
-    found = step(made, eq.BalancerList(made, [balancer]), inputs)
+    model, inputs = attention_model(task=task), batch_for(task, size=7)
+    balancer = eq.balance.LFM(model, rate=1e-2)
+    result = step(model, eq.BalancerList(model, [balancer]), inputs)
     assert float(balancer.a1) != 0.5
-    assert all(bool(gradient.isfinite().all()) for gradient in found.values())
+    assert all(bool(gradient.isfinite().all()) for gradient in result.values())
 
 
 def test_resume_from_saved_state():
-    made, inputs = additive_model(), batch(size=7)
-    balancer, other = eq.balance.LFM(made, rate=1e-2), eq.balance.LFM(made, rate=1e-2)
-    trained_weight(made, balancer, inputs)
+    model, inputs = additive_model(), batch(size=7)
+    balancer, other = eq.balance.LFM(model, rate=1e-2), eq.balance.LFM(model, rate=1e-2)
+    trained_weight(model, balancer, inputs)
     balancer.end_epoch()
     other.load_state_dict(copy.deepcopy(balancer.state_dict()))
-    assert trained_weight(made, other, inputs) == trained_weight(made, balancer, inputs) != 0.5
+    assert trained_weight(model, other, inputs) == trained_weight(model, balancer, inputs) != 0.5
     assert other.end_epoch() == balancer.end_epoch()
 
 
 def test_autocast():
-    made, inputs = attention_model(dtype=torch.float32), batch(dtype=torch.float32)
-    balancer = eq.balance.LFM(made)
-    exact = penalty_of(balancer, made, inputs)
+    model, inputs = attention_model(dtype=torch.float32), batch(dtype=torch.float32)
+    balancer = eq.balance.LFM(model)
+    exact = penalty_of(balancer, model, inputs)
     with torch.autocast("cpu", torch.bfloat16):
-        found = penalty_of(balancer, made, inputs)
-    torch.testing.assert_close(found, exact, **TOL[torch.bfloat16])
+        result = penalty_of(balancer, model, inputs)
+    torch.testing.assert_close(result, exact, **TOL[torch.bfloat16])
 
 
 def test_errors():
@@ -177,17 +177,17 @@ def test_errors():
     for wrong in ({"a1": 1.5}, {"rate": 0.0}, {"schedule": "random"}):
         with pytest.raises(ConfigError, match=f"LFM: expected 0 <= a1 <= 1, .* got .*{next(iter(wrong))} = "):
             eq.balance.LFM(attention_model(), **wrong)
-    made = attention_model(unimodal="probe")
+    model = attention_model(unimodal="probe")
     with pytest.raises(ConfigError, match=r"LFM: expected logits that are a sum .* unimodal='probe'"):
-        penalty_of(eq.balance.LFM(made), made, batch())
+        penalty_of(eq.balance.LFM(model), model, batch())
     with pytest.raises(ConfigError, match="LFM: expected an output with logits, got logits = None"):
-        eq.balance.LFM(made).penalty(made(batch()).with_(logits=None), batch()["target"])
+        eq.balance.LFM(model).penalty(model(batch()).with_(logits=None), batch()["target"])
 
 
 def test_loss_without_gradient():
-    made = additive_model()
-    balancer, inputs = eq.balance.LFM(made), batch()
-    balancing = eq.BalancerList(made, [balancer])
+    model = additive_model()
+    balancer, inputs = eq.balance.LFM(model), batch()
+    balancing = eq.BalancerList(model, [balancer])
     with torch.no_grad():
-        looked = balancing.loss(made(inputs), inputs["target"])
-    torch.testing.assert_close(looked, balancing.loss(made(inputs), inputs["target"]).detach(), **EXACT)
+        looked = balancing.loss(model(inputs), inputs["target"])
+    torch.testing.assert_close(looked, balancing.loss(model(inputs), inputs["target"]).detach(), **EXACT)

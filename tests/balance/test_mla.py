@@ -25,27 +25,27 @@ def doubles(*values):
 
 
 def build(names=("audio", "image"), *, fusion=eq.fusion.Concat, seed=0, dtype=torch.float64, projected=True, **options):
-    made = attention_model(names, fusion=fusion(DIM), seed=seed, dtype=dtype, **{"unimodal": "probe", **options})
-    balancer = eq.balance.MLA(made, projected=projected)
-    return made, balancer, eq.BalancerList(made, [balancer])
+    model = attention_model(names, fusion=fusion(DIM), seed=seed, dtype=dtype, **{"unimodal": "probe", **options})
+    balancer = eq.balance.MLA(model, projected=projected)
+    return model, balancer, eq.BalancerList(model, [balancer])
 
 
 def test_projector_by_hand():
     # k = r = (1, 0), so diag(1 - 1 / 2, 1) over its length sqrt(1.25).
-    found = next_projector(torch.eye(2, dtype=torch.float64), doubles(1, 0), alpha=1.0)
-    torch.testing.assert_close(found, doubles([0.5, 0], [0, 1]) / 1.25**0.5, **EXACT)
+    result = next_projector(torch.eye(2, dtype=torch.float64), doubles(1, 0), alpha=1.0)
+    torch.testing.assert_close(result, doubles([0.5, 0], [0, 1]) / 1.25**0.5, **EXACT)
 
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 10**6), st.floats(0.01, 0.1))
 def test_projector_equals_the_oracle(seed, alpha):
     rows = torch.randn(3, 5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    found, slow = torch.eye(5, dtype=torch.float64), torch.eye(5).tolist()
+    result, slow = torch.eye(5, dtype=torch.float64), torch.eye(5).tolist()
     for row in rows:
-        found, slow = next_projector(found, row, alpha=alpha), projector(slow, row.tolist(), alpha)
-    torch.testing.assert_close(found, doubles(*slow), **EXACT)
-    torch.testing.assert_close(found, found.T, **EXACT)
-    assert float(found.norm()) == pytest.approx(1.0)
+        result, slow = next_projector(result, row, alpha=alpha), projector(slow, row.tolist(), alpha)
+    torch.testing.assert_close(result, doubles(*slow), **EXACT)
+    torch.testing.assert_close(result, result.T, **EXACT)
+    assert float(result.norm()) == pytest.approx(1.0)
 
 
 def test_projector_removes_seen_features():
@@ -80,139 +80,139 @@ def test_certainty_of_multilabel_and_regression():
 
 @pytest.mark.parametrize("fusion", [eq.fusion.Concat, eq.fusion.Sum])
 def test_predictions_are_averaged_by_certainty(fusion):
-    made, _, _ = build(NAMES[:3], fusion=fusion)
+    model, _, _ = build(NAMES[:3], fusion=fusion)
     inputs = batch(NAMES[:3], missing=("audio", "image"))
-    output = made.eval()(inputs)
+    output = model.eval()(inputs)
     for sample in range(5):
         rows = []
         for name in NAMES[:3]:
             if name not in inputs["mask"] or bool(inputs["mask"][name][sample]):
-                rows.append(made.head.classifier(output.tokens[name].pooled()[sample]).tolist())
+                rows.append(model.head.classifier(output.tokens[name].pooled()[sample]).tolist())
         assert output.logits[sample].tolist() == pytest.approx(by_entropy(rows)[1], rel=1e-10)
 
 
 def test_sample_without_modalities_has_finite_logits():
-    made, _, _ = build()
+    model, _, _ = build()
     inputs = {**batch(size=2), "mask": {name: torch.tensor([True, False]) for name in ("audio", "image")}}
-    assert bool(made(inputs).logits.isfinite().all())
+    assert bool(model(inputs).logits.isfinite().all())
 
 
 @pytest.mark.parametrize("number", [2, 3])
 def test_each_step_trains_one_modality(number):
     names = NAMES[:number]
-    made, balancer, balancing = build(names, unimodal="none", projected=False)
+    model, balancer, balancing = build(names, unimodal="none", projected=False)
     assert balancing.steps_per_batch == number
     for turn in range(2 * number):
         name, inputs = names[turn % number], batch(names, seed=turn // number)
-        found = step(made, balancing, inputs)
-        output = made(inputs)
-        loss = made.loss(made.head.classifier(output.tokens[name].pooled()), inputs["target"])
-        assert {key for key in found if key.startswith("enc")} == {f"encoders.{name}.{p}" for p in ("weight", "bias")}
-        encoder, head = gradients(loss, [made.encoders[name].weight, made.head.classifier.weight])
-        torch.testing.assert_close(found[f"encoders.{name}.weight"], encoder, **EXACT)
-        torch.testing.assert_close(found["head.classifier.weight"], head, **EXACT)
+        result = step(model, balancing, inputs)
+        output = model(inputs)
+        loss = model.loss(model.head.classifier(output.tokens[name].pooled()), inputs["target"])
+        assert {key for key in result if key.startswith("enc")} == {f"encoders.{name}.{p}" for p in ("weight", "bias")}
+        encoder, head = gradients(loss, [model.encoders[name].weight, model.head.classifier.weight])
+        torch.testing.assert_close(result[f"encoders.{name}.weight"], encoder, **EXACT)
+        torch.testing.assert_close(result["head.classifier.weight"], head, **EXACT)
     assert int(balancer.steps) == 2 * number
 
 
 def test_head_gradient_is_projected():
-    made, balancer, balancing = build(unimodal="none")
+    model, balancer, balancing = build(unimodal="none")
     slow = torch.eye(DIM).tolist()
     for epoch in range(2):
         for turn in range(6):
             name, inputs = ("audio", "image")[turn % 2], batch(seed=10 * epoch + turn // 2)
             # Of three batches an epoch, counted in the first.
             alpha = 0.1 ** (1 + (turn // 2) / 3) if epoch else 0.1
-            vectors = made.encode(inputs)[name].pooled()
+            vectors = model.encode(inputs)[name].pooled()
             (plain,) = gradients(
-                made.loss(made.head.classifier(vectors), inputs["target"]), [made.head.classifier.weight]
+                model.loss(model.head.classifier(vectors), inputs["target"]), [model.head.classifier.weight]
             )
             slow = projector(slow, [mean(column) for column in vectors.T.tolist()], alpha)
-            found = step(made, balancing, inputs)
-            torch.testing.assert_close(found["head.classifier.weight"], plain @ doubles(*slow), **EXACT)
+            result = step(model, balancing, inputs)
+            torch.testing.assert_close(result["head.classifier.weight"], plain @ doubles(*slow), **EXACT)
         assert balancer.end_epoch() == {}
 
 
 def test_accumulated_batches_equal_one_large_batch():
-    whole = batch(size=12)
-    made, _, balancing = build()
+    full = batch(size=12)
+    model, _, balancing = build()
     other, _, rebalancing = build()
     for _ in range(2):
-        large, small = step(made, balancing, whole), step(other, rebalancing, *split_batch(whole, 5, 3, 4))
+        large, small = step(model, balancing, full), step(other, rebalancing, *split_batch(full, 5, 3, 4))
         assert large.keys() == small.keys()
         for name, gradient in large.items():
             torch.testing.assert_close(small[name], gradient, **EXACT)
 
 
 def test_samples_without_the_modality_are_excluded():
-    made, balancer, balancing = build(unimodal="none")
-    whole = batch(size=7, missing=("audio",))
-    here = whole["mask"]["audio"]
-    found = step(made, balancing, whole)
-    kept = made.encode(whole)["audio"].pooled()[here]
-    (plain,) = gradients(made.loss(made.head.classifier(kept), whole["target"][here]), [made.head.classifier.weight])
+    model, balancer, balancing = build(unimodal="none")
+    full = batch(size=7, missing=("audio",))
+    here = full["mask"]["audio"]
+    result = step(model, balancing, full)
+    kept = model.encode(full)["audio"].pooled()[here]
+    (plain,) = gradients(model.loss(model.head.classifier(kept), full["target"][here]), [model.head.classifier.weight])
     expected = next_projector(torch.eye(DIM, dtype=torch.float64), kept.mean(dim=0).detach(), alpha=0.1)
     torch.testing.assert_close(balancer.projector, expected, **EXACT)
-    torch.testing.assert_close(found["head.classifier.weight"], plain @ expected, **EXACT)
+    torch.testing.assert_close(result["head.classifier.weight"], plain @ expected, **EXACT)
 
 
 def test_step_of_missing_modality_is_skipped():
-    made, balancer, balancing = build()
-    found = step(made, balancing, {**batch(), "audio": None})
-    assert all(bool(gradient.isfinite().all()) for gradient in found.values())
-    assert float(found["head.classifier.weight"].abs().max()) == 0.0
+    model, balancer, balancing = build()
+    result = step(model, balancing, {**batch(), "audio": None})
+    assert all(bool(gradient.isfinite().all()) for gradient in result.values())
+    assert float(result["head.classifier.weight"].abs().max()) == 0.0
     assert bool(balancer.projector.isfinite().all())
-    assert "encoders.image.weight" in step(made, balancing, batch())
+    assert "encoders.image.weight" in step(model, balancing, batch())
 
 
 @pytest.mark.parametrize("unimodal", ["probe", "train"])
 def test_unimodal_heads_are_detached(unimodal):
-    made, _, balancing = build(unimodal=unimodal)
-    found = step(made, balancing, batch())
-    assert "unimodal_heads.image.weight" in found
-    assert "encoders.image.weight" not in found
+    model, _, balancing = build(unimodal=unimodal)
+    result = step(model, balancing, batch())
+    assert "unimodal_heads.image.weight" in result
+    assert "encoders.image.weight" not in result
 
 
 def test_resumed_training_equals_uninterrupted_training():
-    made, balancer, balancing = build()
-    optimizer = torch.optim.SGD(made.parameters(), lr=0.1)
+    model, balancer, balancing = build()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 
-    def train(made, balancing, optimizer, seeds):
+    def train(model, balancing, optimizer, seeds):
         for seed in seeds:
-            step(made, balancing, batch(seed=seed))
+            step(model, balancing, batch(seed=seed))
             optimizer.step()
-        return made.state_dict()
+        return model.state_dict()
 
-    train(made, balancing, optimizer, range(4))
+    train(model, balancing, optimizer, range(4))
     balancing.end_epoch()
-    train(made, balancing, optimizer, range(3))
+    train(model, balancing, optimizer, range(3))
     fresh, other, rebalancing = build(seed=9)
-    for part, state in ((fresh, made.state_dict()), (other, balancer.state_dict())):
+    for part, state in ((fresh, model.state_dict()), (other, balancer.state_dict())):
         part.load_state_dict(copy.deepcopy(state))
-    straight = train(made, balancing, optimizer, range(3, 5))
+    straight = train(model, balancing, optimizer, range(3, 5))
     resumed = train(fresh, rebalancing, torch.optim.SGD(fresh.parameters(), lr=0.1), range(3, 5))
     assert all(torch.equal(resumed[name], value) for name, value in straight.items())
 
 
 @pytest.mark.parametrize("task", ["multilabel", "regression"])
 def test_all_tasks(task):
-    made, _, balancing = build(task=task, unimodal="none")
+    model, _, balancing = build(task=task, unimodal="none")
     inputs = batch()
     inputs["target"] = torch.nn.functional.one_hot(inputs["target"], 3).double()
-    loss = balancing.loss(made(inputs), inputs["target"])
-    expected = made.loss(made.head.classifier(made.encode(inputs)["audio"].pooled()), inputs["target"])
+    loss = balancing.loss(model(inputs), inputs["target"])
+    expected = model.loss(model.head.classifier(model.encode(inputs)["audio"].pooled()), inputs["target"])
     torch.testing.assert_close(loss, expected, **EXACT)
 
 
 def test_autocast():
-    made, balancer, balancing = build(dtype=torch.float32)
+    model, balancer, balancing = build(dtype=torch.float32)
     inputs = batch(dtype=torch.float32)
     for _ in range(2):
         with torch.autocast("cpu", torch.bfloat16):
-            loss = balancing.loss(made.train()(inputs), inputs["target"])
+            loss = balancing.loss(model.train()(inputs), inputs["target"])
         loss.backward()
         balancing.before_step()
     assert bool(balancer.projector.isfinite().all())
-    assert bool(made.head.classifier.weight.grad.isfinite().all())
+    assert bool(model.head.classifier.weight.grad.isfinite().all())
 
 
 def test_errors():
@@ -226,6 +226,6 @@ def test_errors():
 
 @pytest.mark.parametrize("other", ["MBSD", "MMPareto"])
 def test_balancers_that_need_trained_heads_raise(other):
-    made = attention_model(fusion=eq.fusion.Concat(DIM))
+    model = attention_model(fusion=eq.fusion.Concat(DIM))
     with pytest.raises(ConfigError, match=f"MLA with {other}: it needs unimodal heads that train the encoders"):
-        eq.BalancerList(made, [getattr(eq.balance, other)(made), eq.balance.MLA(made)])
+        eq.BalancerList(model, [getattr(eq.balance, other)(model), eq.balance.MLA(model)])

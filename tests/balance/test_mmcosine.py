@@ -22,8 +22,8 @@ quick = settings(max_examples=25, deadline=None)
 
 
 def build(names=("audio", "image"), *, scale=15.0, **options):
-    made = additive_model(names, **options)
-    return made, eq.BalancerList(made, [eq.balance.MMCosine(made, scale=scale)])
+    model = additive_model(names, **options)
+    return model, eq.BalancerList(model, [eq.balance.MMCosine(model, scale=scale)])
 
 
 def test_hand_computed_values():
@@ -38,24 +38,24 @@ def test_hand_computed_values():
 @pytest.mark.parametrize("training", [True, False])
 def test_logits_equal_the_oracle_in_training_and_at_test_time(number, fusion, training):
     names = NAMES[:number]
-    made, _ = build(names, scale=7.0, fusion=fusion(DIM))
+    model, _ = build(names, scale=7.0, fusion=fusion(DIM))
     inputs = batch(names, missing=("image",))
-    output = made.train(training)(inputs)
+    output = model.train(training)(inputs)
     features = [to_lists(output.tokens[name].pooled()) for name in names]
-    weights = [to_lists(weight) for weight in made.head.weight]
+    weights = [to_lists(weight) for weight in model.head.weight]
     expected = [slow([f[i] for f in features], weights, 7.0) for i in range(5)]
     torch.testing.assert_close(output.logits, torch.tensor(expected, dtype=torch.float64), **EXACT)
 
 
 def test_contributions_sum_to_the_logits():
-    made, _ = build(NAMES[:3])
-    output = made(batch(NAMES[:3], missing=("text",)))
-    parts = made.contributions(output)
+    model, _ = build(NAMES[:3])
+    output = model(batch(NAMES[:3], missing=("text",)))
+    parts = model.contributions(output)
     torch.testing.assert_close(sum(parts.values()), output.logits, **EXACT)
     assert not bool(parts["text"][~output.tokens["text"].present()].any())
-    found = eq.fusion.modality_contributions(made, batch(NAMES[:3], missing=("text",)))
+    result = eq.fusion.modality_contributions(model, batch(NAMES[:3], missing=("text",)))
     for name, part in parts.items():
-        torch.testing.assert_close(found[name], part.detach(), **EXACT)
+        torch.testing.assert_close(result[name], part.detach(), **EXACT)
 
 
 @quick
@@ -78,43 +78,43 @@ def test_gradcheck():
 
 @pytest.mark.parametrize("gone", [{"text": None}, {"mask": {"text": torch.zeros(5, dtype=torch.bool)}}])
 def test_modality_missing_from_all_samples_contributes_zero(gone):
-    made, balancing = build(NAMES[:3])
+    model, balancing = build(NAMES[:3])
     inputs = {**batch(NAMES[:3]), **gone}
-    found = step(made, balancing, inputs)
-    assert all(bool(gradient.isfinite().all()) for gradient in found.values())
-    assert not bool(found["head.weight"][2].any())
-    assert bool(found["head.weight"][:2].any())
-    two = made.contributions(made(inputs))
-    torch.testing.assert_close(two["audio"] + two["image"], made(inputs).logits, **EXACT)
+    result = step(model, balancing, inputs)
+    assert all(bool(gradient.isfinite().all()) for gradient in result.values())
+    assert not bool(result["head.weight"][2].any())
+    assert bool(result["head.weight"][:2].any())
+    two = model.contributions(model(inputs))
+    torch.testing.assert_close(two["audio"] + two["image"], model(inputs).logits, **EXACT)
 
 
 def test_head_is_trained_and_saved():
-    made, balancing = build()
-    optimizer = torch.optim.SGD(made.parameters(), lr=0.05)
-    before = copy.deepcopy(made.state_dict())
-    step(made, balancing, batch())
+    model, balancing = build()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    before = copy.deepcopy(model.state_dict())
+    step(model, balancing, batch())
     optimizer.step()
-    assert not torch.equal(made.head.weight, before["head.weight"])
+    assert not torch.equal(model.head.weight, before["head.weight"])
     other, _ = build(seed=9)
-    other.load_state_dict(made.state_dict())
-    assert torch.equal(other(batch()).logits, made(batch()).logits)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other(batch()).logits, model(batch()).logits)
 
 
 def test_head_has_model_dtype_and_no_bias():
-    made, _ = build(dtype=torch.float32)
-    assert {name: (p.dtype, p.shape) for name, p in made.head.named_parameters()} == {
+    model, _ = build(dtype=torch.float32)
+    assert {name: (p.dtype, p.shape) for name, p in model.head.named_parameters()} == {
         "weight": (torch.float32, (2, OUTPUTS, DIM))
     }
 
 
 def test_autocast_computes_cosines_in_float32():
-    made, balancing = build(dtype=torch.float32)
+    model, balancing = build(dtype=torch.float32)
     inputs = batch(dtype=torch.float32)
-    exact = made(inputs).logits
+    exact = model(inputs).logits
     with torch.autocast("cpu", torch.bfloat16):
-        output = made(inputs)
+        output = model(inputs)
         balancing.loss(output, inputs["target"]).backward()
-    assert bool(made.head.weight.grad.isfinite().all())
+    assert bool(model.head.weight.grad.isfinite().all())
     torch.testing.assert_close(output.logits.float() / 15, exact / 15, **TOL[torch.bfloat16])
 
 
@@ -130,16 +130,16 @@ def test_errors():
     with pytest.raises(ConfigError, match=r"the concatenated pooled vectors, got JointAttention\. Use Concat or Sum"):
         eq.balance.MMCosine(attention_model())
     for fusion in (eq.fusion.MBT(DIM, heads=2), eq.fusion.MMML(DIM, heads=2)):
-        made = attention_model(fusion=fusion)
-        assert made.fusion.out_dim == 2 * DIM
+        model = attention_model(fusion=fusion)
+        assert model.fusion.out_dim == 2 * DIM
         with pytest.raises(ConfigError, match=f"the concatenated pooled vectors, got {type(fusion).__name__}"):
-            eq.balance.MMCosine(made)
-    made = additive_model()
+            eq.balance.MMCosine(model)
+    model = additive_model()
     with pytest.raises(ConfigError, match="MMCosine with MLA: both replace the model's head"):
-        eq.BalancerList(made, [eq.balance.MMCosine(made), eq.balance.MLA(made)])
+        eq.BalancerList(model, [eq.balance.MMCosine(model), eq.balance.MLA(model)])
 
 
 def test_custom_head_has_no_contributions():
-    made = additive_model()
-    made.head = nn.Sequential(nn.Linear(2 * DIM, OUTPUTS), nn.Tanh()).double()
-    assert made.contributions(made(batch())) is None
+    model = additive_model()
+    model.head = nn.Sequential(nn.Linear(2 * DIM, OUTPUTS), nn.Tanh()).double()
+    assert model.contributions(model(batch())) is None

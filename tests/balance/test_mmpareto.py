@@ -29,8 +29,8 @@ def random_vectors(seed, *sizes):
 
 
 def build(names=("audio", "image"), *, gamma=1.5, **options):
-    made = attention_model(names, **options)
-    return made, eq.BalancerList(made, [eq.balance.MMPareto(made, gamma=gamma)])
+    model = attention_model(names, **options)
+    return model, eq.BalancerList(model, [eq.balance.MMPareto(model, gamma=gamma)])
 
 
 def test_worked_example():
@@ -45,20 +45,20 @@ def test_worked_example():
 
 def test_combined_gradient_has_the_norm_of_the_plain_sum():
     # 2 (0.2, 0.4) points along (1, 2), and the plain sum (0, 1) has length 1.
-    (found,) = pareto_gradient([doubles(1, 0)], [doubles(-1, 1)], gamma=1.5)
-    torch.testing.assert_close(found, 1.5 * doubles(1, 2) / math.sqrt(5), **EXACT)
+    (result,) = pareto_gradient([doubles(1, 0)], [doubles(-1, 1)], gamma=1.5)
+    torch.testing.assert_close(result, 1.5 * doubles(1, 2) / math.sqrt(5), **EXACT)
 
 
 def test_gradients_that_agree_are_added():
-    (found,) = pareto_gradient([doubles(1, 2, 0)], [doubles(0, 1, 5)], gamma=1.0)
-    torch.testing.assert_close(found, doubles(1, 3, 5), **EXACT)
+    (result,) = pareto_gradient([doubles(1, 2, 0)], [doubles(0, 1, 5)], gamma=1.0)
+    torch.testing.assert_close(result, doubles(1, 3, 5), **EXACT)
 
 
 @pytest.mark.parametrize("zero", [(True, False), (False, True), (True, True)])
 def test_zero_gradient_is_finite(zero):
     one, other = (doubles(0, 0) if z else doubles(1, 2) for z in zero)
-    (found,) = pareto_gradient([one], [other], gamma=1.0)
-    torch.testing.assert_close(found, one + other, **EXACT)
+    (result,) = pareto_gradient([one], [other], gamma=1.0)
+    torch.testing.assert_close(result, one + other, **EXACT)
 
 
 @quick
@@ -79,121 +79,121 @@ def test_conflicting_gradients_have_equal_inner_products_with_the_result(seed):
 def test_tensors_equal_the_oracle(seed):
     joint, alone = random_vectors(seed, 11, 3), random_vectors(seed + 100, 11, 3)
     expected = pareto([flatten(t) for t in joint], [flatten(t) for t in alone], 1.5)
-    found = pareto_gradient(joint, alone, gamma=1.5)
-    for one, other in zip(found, expected, strict=True):
+    result = pareto_gradient(joint, alone, gamma=1.5)
+    for one, other in zip(result, expected, strict=True):
         torch.testing.assert_close(one, doubles(*other), **EXACT)
 
 
 @pytest.mark.parametrize("number", [2, 3])
 def test_step_equals_the_oracle(number):
     names = NAMES[:number]
-    made, balancing = build(names)
+    model, balancing = build(names)
     inputs = batch(names, size=7)
-    found = step(made, balancing, inputs)
-    output, target = made(inputs), inputs["target"]
+    result = step(model, balancing, inputs)
+    output, target = model(inputs), inputs["target"]
     for name in names:
-        parameters = list(made.encoders[name].parameters())
-        joint = gradients(made.loss(output.logits, target), parameters)
-        alone = gradients(made.loss(output.unimodal_logits[name], target), parameters)
+        parameters = list(model.encoders[name].parameters())
+        joint = gradients(model.loss(output.logits, target), parameters)
+        alone = gradients(model.loss(output.unimodal_logits[name], target), parameters)
         expected = pareto([flatten(g) for g in joint], [flatten(g) for g in alone], 1.5)
         for part, numbers in zip(("weight", "bias"), expected, strict=True):
-            gradient = found[f"encoders.{name}.{part}"]
+            gradient = result[f"encoders.{name}.{part}"]
             torch.testing.assert_close(gradient.reshape(-1), doubles(*numbers), **EXACT)
 
 
 def test_heads_and_fusion_use_the_summed_gradient():
-    made, balancing = build()
-    found, plain = step(made, balancing, batch()), step(made, eq.BalancerList(made), batch())
+    model, balancing = build()
+    result, plain = step(model, balancing, batch()), step(model, eq.BalancerList(model), batch())
     others = [name for name in plain if not name.startswith("encoders")]
     assert others
-    assert all(torch.equal(found[name], plain[name]) for name in others)
-    assert not any(torch.equal(found[name], plain[name]) for name in plain if name.startswith("encoders"))
+    assert all(torch.equal(result[name], plain[name]) for name in others)
+    assert not any(torch.equal(result[name], plain[name]) for name in plain if name.startswith("encoders"))
 
 
 @pytest.mark.parametrize("fusion", [eq.fusion.Concat, eq.fusion.Sum])
 def test_decomposable_logits_need_no_heads(fusion):
-    made, balancing = build(fusion=fusion(DIM), unimodal="none")
+    model, balancing = build(fusion=fusion(DIM), unimodal="none")
     inputs = batch()
-    found = step(made, balancing, inputs)
-    output = made(inputs)
-    parts = made.contributions(output)
-    joint = gradients(made.loss(output.logits, inputs["target"]), made.encoders["audio"].parameters())
-    alone = gradients(made.loss(parts["audio"], inputs["target"]), made.encoders["audio"].parameters())
-    torch.testing.assert_close(found["encoders.audio.weight"], pareto_gradient(joint, alone, gamma=1.5)[0], **EXACT)
-    total = made.loss(output.logits, inputs["target"]) + sum(made.loss(p, inputs["target"]) for p in parts.values())
-    names, parameters = zip(*made.head.named_parameters(), strict=True)
+    result = step(model, balancing, inputs)
+    output = model(inputs)
+    parts = model.contributions(output)
+    joint = gradients(model.loss(output.logits, inputs["target"]), model.encoders["audio"].parameters())
+    alone = gradients(model.loss(parts["audio"], inputs["target"]), model.encoders["audio"].parameters())
+    torch.testing.assert_close(result["encoders.audio.weight"], pareto_gradient(joint, alone, gamma=1.5)[0], **EXACT)
+    total = model.loss(output.logits, inputs["target"]) + sum(model.loss(p, inputs["target"]) for p in parts.values())
+    names, parameters = zip(*model.head.named_parameters(), strict=True)
     for name, gradient in zip(names, gradients(total, parameters), strict=True):
-        torch.testing.assert_close(found[f"head.{name}"], gradient, **EXACT)
+        torch.testing.assert_close(result[f"head.{name}"], gradient, **EXACT)
 
 
 def test_accumulated_batches_equal_one_large_batch():
-    whole = batch(size=12)
-    made, balancing = build()
-    large, small = step(made, balancing, whole), step(made, balancing, *split_batch(whole, 5, 3, 4))
+    full = batch(size=12)
+    model, balancing = build()
+    large, small = step(model, balancing, full), step(model, balancing, *split_batch(full, 5, 3, 4))
     for name in (n for n in large if n.startswith("encoders")):
         torch.testing.assert_close(small[name], large[name], **EXACT)
 
 
 def test_samples_without_the_modality_are_excluded():
-    made, balancing = build()
-    whole = batch(size=7, missing=("image",))
-    here = whole["mask"]["image"]
-    found = step(made, balancing, whole)
-    output, target = made(whole), whole["target"]
-    parameters = list(made.encoders["image"].parameters())
-    joint = gradients(made.loss(output.logits, target), parameters)
-    alone = gradients(made.loss(output.unimodal_logits["image"][here], target[here]), parameters)
-    torch.testing.assert_close(found["encoders.image.weight"], pareto_gradient(joint, alone, gamma=1.5)[0], **EXACT)
+    model, balancing = build()
+    full = batch(size=7, missing=("image",))
+    here = full["mask"]["image"]
+    result = step(model, balancing, full)
+    output, target = model(full), full["target"]
+    parameters = list(model.encoders["image"].parameters())
+    joint = gradients(model.loss(output.logits, target), parameters)
+    alone = gradients(model.loss(output.unimodal_logits["image"][here], target[here]), parameters)
+    torch.testing.assert_close(result["encoders.image.weight"], pareto_gradient(joint, alone, gamma=1.5)[0], **EXACT)
 
 
 def test_modality_missing_from_all_samples_gets_no_gradient():
-    made, balancing = build(NAMES[:3])
-    found = step(made, balancing, {**batch(NAMES[:3]), "text": None})
-    assert "encoders.text.weight" not in found
-    assert all(bool(gradient.isfinite().all()) for gradient in found.values())
+    model, balancing = build(NAMES[:3])
+    result = step(model, balancing, {**batch(NAMES[:3]), "text": None})
+    assert "encoders.text.weight" not in result
+    assert all(bool(gradient.isfinite().all()) for gradient in result.values())
 
 
 def test_frozen_encoder_is_excluded():
-    made, balancing = build()
-    made.encoders["audio"].requires_grad_(False)
-    found = step(made, balancing, batch())
-    assert "encoders.audio.weight" not in found
-    assert "encoders.image.weight" in found
+    model, balancing = build()
+    model.encoders["audio"].requires_grad_(False)
+    result = step(model, balancing, batch())
+    assert "encoders.audio.weight" not in result
+    assert "encoders.image.weight" in result
 
 
 def test_detached_heads_raise():
-    made, balancing = build()
+    model, balancing = build()
     inputs = batch()
-    expected = made.loss(made(inputs).logits, inputs["target"]) + made.unimodal_loss(made(inputs), inputs["target"])
+    expected = model.loss(model(inputs).logits, inputs["target"]) + model.unimodal_loss(model(inputs), inputs["target"])
     with torch.no_grad():
-        looked_at = balancing.loss(made(inputs), inputs["target"])
+        looked_at = balancing.loss(model(inputs), inputs["target"])
     torch.testing.assert_close(looked_at, expected.detach(), **EXACT)
-    made.encoders.requires_grad_(False)
-    found = step(made, balancing, inputs)
-    assert found
-    assert not any(name.startswith("encoders") for name in found)
+    model.encoders.requires_grad_(False)
+    result = step(model, balancing, inputs)
+    assert result
+    assert not any(name.startswith("encoders") for name in result)
 
 
 @pytest.mark.parametrize("task", ["multilabel", "regression"])
 def test_all_tasks(task):
-    made, balancing = build(task=task)
+    model, balancing = build(task=task)
     inputs = batch()
     inputs["target"] = torch.nn.functional.one_hot(inputs["target"], 3).double()
-    found = step(made, balancing, inputs)
-    plain = step(made, eq.BalancerList(made), inputs)
-    assert not torch.equal(found["encoders.audio.weight"], plain["encoders.audio.weight"])
-    assert all(bool(gradient.isfinite().all()) for gradient in found.values())
+    result = step(model, balancing, inputs)
+    plain = step(model, eq.BalancerList(model), inputs)
+    assert not torch.equal(result["encoders.audio.weight"], plain["encoders.audio.weight"])
+    assert all(bool(gradient.isfinite().all()) for gradient in result.values())
 
 
 def test_autocast():
-    made, balancing = build(dtype=torch.float32)
+    model, balancing = build(dtype=torch.float32)
     inputs = batch(dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        loss = balancing.loss(made(inputs), inputs["target"])
+        loss = balancing.loss(model(inputs), inputs["target"])
     loss.backward()
     balancing.before_step()
-    exact = step(made, balancing, inputs)
-    gradient = made.encoders["audio"].weight.grad
+    exact = step(model, balancing, inputs)
+    gradient = model.encoders["audio"].weight.grad
     assert gradient.dtype == torch.float32
     torch.testing.assert_close(gradient, exact["encoders.audio.weight"], **TOL[torch.bfloat16])
 
@@ -203,10 +203,10 @@ def test_errors():
         eq.balance.MMPareto(attention_model(("audio",)))
     with pytest.raises(ConfigError, match=r"MMPareto: expected gamma > 0, got gamma = 0"):
         eq.balance.MMPareto(attention_model(), gamma=0)
-    made, balancing = build(unimodal="probe")
+    model, balancing = build(unimodal="probe")
     with pytest.raises(ConfigError, match=r"MMPareto: expected logits that are a sum .* unimodal='probe'"):
-        step(made, balancing, batch())
-    balancer, output = eq.balance.MMPareto(made), made(batch()).with_(logits=None)
+        step(model, balancing, batch())
+    balancer, output = eq.balance.MMPareto(model), model(batch()).with_(logits=None)
     with pytest.raises(ConfigError, match="expected an output with logits, got logits = None"):
         balancer.penalty(output, batch()["target"])
 
@@ -214,5 +214,5 @@ def test_errors():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_opposite_gradients_cancel(dtype):
     for joint, alone in ([20.0], [-40.0]), ([0.3, 0.7, -0.1], [-0.9, -2.1, 0.3]):
-        found = pareto_gradient([torch.tensor(joint, dtype=dtype)], [torch.tensor(alone, dtype=dtype)], gamma=1.5)
-        assert flatten(found[0]) == [0.0] * len(joint)
+        result = pareto_gradient([torch.tensor(joint, dtype=dtype)], [torch.tensor(alone, dtype=dtype)], gamma=1.5)
+        assert flatten(result[0]) == [0.0] * len(joint)

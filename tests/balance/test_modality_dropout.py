@@ -21,9 +21,9 @@ quick = settings(max_examples=25, deadline=None)
 
 
 def build(names=("audio", "image"), *, make=attention_model, model=(), **options):
-    made = make(names, **dict(model))
-    balancer = eq.balance.ModalityDropout(made, **options)
-    return made.train(), balancer, eq.BalancerList(made, [balancer])
+    result = make(names, **dict(model))
+    balancer = eq.balance.ModalityDropout(result, **options)
+    return result.train(), balancer, eq.BalancerList(result, [balancer])
 
 
 def presence(tokens):
@@ -33,8 +33,8 @@ def presence(tokens):
 def test_masks_by_hand():
     present = torch.tensor([[True, True], [True, True], [True, False], [False, False]])
     drawn = torch.tensor([[0.1, 0.5], [0.1, 0.2], [0.1, 0.9], [0.9, 0.9]])
-    found = keep_masks(present, torch.tensor([0.5, 0.5]), drawn)
-    assert found.tolist() == [[False, True], [True, True], [True, False], [False, False]]
+    result = keep_masks(present, torch.tensor([0.5, 0.5]), drawn)
+    assert result.tolist() == [[False, True], [True, True], [True, False], [False, False]]
 
 
 @quick
@@ -42,100 +42,100 @@ def test_masks_by_hand():
 def test_missing_modalities_stay_missing_and_every_sample_keeps_one(seed, rates):
     random = torch.Generator().manual_seed(seed)
     present, drawn = torch.rand(11, 3, generator=random) < 0.7, torch.rand(11, 3, generator=random)
-    found = keep_masks(present, torch.tensor(rates), drawn).tolist()
-    for has, keeps, numbers in zip(present.tolist(), found, drawn.tolist(), strict=True):
-        wanted = [yes and u >= p for yes, u, p in zip(has, numbers, torch.tensor(rates).tolist(), strict=True)]
-        assert keeps == (wanted if any(wanted) else has)
+    result = keep_masks(present, torch.tensor(rates), drawn).tolist()
+    for has, keeps, numbers in zip(present.tolist(), result, drawn.tolist(), strict=True):
+        expected = [yes and u >= p for yes, u, p in zip(has, numbers, torch.tensor(rates).tolist(), strict=True)]
+        assert keeps == (expected if any(expected) else has)
 
 
 def test_measured_rates_match_the_options():
-    made, balancer, _ = build(NAMES[:3], p={"audio": 0.3, "image": 0.6})
-    found = presence(balancer.transform(made.encode(batch(NAMES[:3], size=20011)))).double().mean(dim=0).tolist()
+    model, balancer, _ = build(NAMES[:3], p={"audio": 0.3, "image": 0.6})
+    result = presence(balancer.transform(model.encode(batch(NAMES[:3], size=20011)))).double().mean(dim=0).tolist()
     # The text is never dropped, so that no sample is emptied.
-    assert found == pytest.approx([0.7, 0.4, 1.0], abs=0.015)
+    assert result == pytest.approx([0.7, 0.4, 1.0], abs=0.015)
 
 
 def test_single_rate_for_all_modalities():
-    made, balancer, _ = build(p=0.5)
-    found = presence(balancer.transform(made.encode(batch(size=20011))))
+    model, balancer, _ = build(p=0.5)
+    result = presence(balancer.transform(model.encode(batch(size=20011))))
     # Of four equal cases the empty one is whole again.
-    assert found.double().mean(dim=0).tolist() == pytest.approx([0.75, 0.75], abs=0.015)
-    assert bool(found.any(dim=1).all())
+    assert result.double().mean(dim=0).tolist() == pytest.approx([0.75, 0.75], abs=0.015)
+    assert bool(result.any(dim=1).all())
 
 
 @pytest.mark.parametrize("make", [attention_model, additive_model])
 def test_dropped_modality_equals_missing_modality(make):
-    made, balancer, _ = build(make=make, p={"audio": 1.0})
+    model, balancer, _ = build(make=make, p={"audio": 1.0})
     inputs = batch(size=7, missing=("image",))
-    output = made(inputs)
+    output = model(inputs)
     # Those without image keep their audio.
     here = {"audio": ~inputs["mask"]["image"], "image": inputs["mask"]["image"]}
     balancer.rates = {"audio": 0.0, "image": 0.0}
-    torch.testing.assert_close(output.logits, made({**inputs, "mask": here}).logits, **EXACT)
+    torch.testing.assert_close(output.logits, model({**inputs, "mask": here}).logits, **EXACT)
     assert torch.equal(presence(output.tokens), torch.stack([here["audio"], here["image"]], dim=1))
 
 
 def test_encoder_is_trained_by_retained_samples_only():
-    made, _, balancing = build(p={"audio": 1.0})
-    found = step(made, balancing, batch())
-    assert not bool(found["encoders.audio.weight"].any())
-    assert bool(found["encoders.image.weight"].any())
+    model, _, balancing = build(p={"audio": 1.0})
+    result = step(model, balancing, batch())
+    assert not bool(result["encoders.audio.weight"].any())
+    assert bool(result["encoders.image.weight"].any())
 
 
 @pytest.mark.parametrize("p", [0, 0.0, {}])
 def test_zero_rate_is_the_identity(p):
-    made, balancer, _ = build(p=p)
-    tokens = made.encode(batch())
+    model, balancer, _ = build(p=p)
+    tokens = model.encode(batch())
     assert balancer.transform(tokens) is tokens
 
 
 def test_evaluation_drops_nothing():
-    made, _, _ = build(p=0.9)
-    assert bool(presence(made.eval()(batch(size=31)).tokens).all())
-    assert not bool(presence(made.train()(batch(size=31)).tokens).all())
+    model, _, _ = build(p=0.9)
+    assert bool(presence(model.eval()(batch(size=31)).tokens).all())
+    assert not bool(presence(model.train()(batch(size=31)).tokens).all())
 
 
 def test_accumulated_batches_equal_one_large_batch():
-    whole, found = batch(size=12), []
+    full, result = batch(size=12), []
     for sizes in ((12,), (5, 3, 4)):
-        made, _, balancing = build(p=0.4, model={"unimodal": "none"})
-        found.append([step(made, balancing, *split_batch(whole, *sizes)) for _ in range(2)])
-    for one, other in zip(*found, strict=True):
+        model, _, balancing = build(p=0.4, model={"unimodal": "none"})
+        result.append([step(model, balancing, *split_batch(full, *sizes)) for _ in range(2)])
+    for one, other in zip(*result, strict=True):
         for key, gradient in one.items():
             torch.testing.assert_close(other[key], gradient, **EXACT)
-    assert not torch.allclose(found[0][0]["encoders.audio.weight"], found[0][1]["encoders.audio.weight"])
+    assert not torch.allclose(result[0][0]["encoders.audio.weight"], result[0][1]["encoders.audio.weight"])
 
 
 @quick
 @given(st.lists(st.integers(1, 13), min_size=1, max_size=4), st.integers(0, 10**6))
 def test_micro_batches_draw_the_masks_of_the_full_batch(sizes, seed):
-    whole = uniform_per_sample(step_generator(seed, 3), 0, sum(sizes), 3)
+    full = uniform_per_sample(step_generator(seed, 3), 0, sum(sizes), 3)
     parts = [uniform_per_sample(step_generator(seed, 3), sum(sizes[:n]), size, 3) for n, size in enumerate(sizes)]
-    assert torch.equal(torch.cat(parts), whole)
+    assert torch.equal(torch.cat(parts), full)
 
 
 def test_randomness_depends_on_seed_and_step_only():
     tokens = additive_model().encode(batch(size=101))
-    state, found = torch.get_rng_state(), {}
+    state, result = torch.get_rng_state(), {}
     for seed, steps in ((0, 0), (0, 1), (1, 0), (0, 0)):
         _, balancer, _ = build(p=0.5, seed=seed)
         balancer.steps += steps
         torch.set_rng_state(state)
         masks = presence(balancer.transform(tokens))
         assert torch.equal(torch.get_rng_state(), state)
-        assert torch.equal(masks, found.setdefault((seed, steps), masks))
-    assert not torch.equal(found[0, 0], found[0, 1])
-    assert not torch.equal(found[0, 0], found[1, 0])
+        assert torch.equal(masks, result.setdefault((seed, steps), masks))
+    assert not torch.equal(result[0, 0], result[0, 1])
+    assert not torch.equal(result[0, 0], result[1, 0])
 
 
 def test_resumed_run_draws_the_same_masks():
-    made, balancer, balancing = build(p=0.5)
-    step(made, balancing, batch())
+    model, balancer, balancing = build(p=0.5)
+    step(model, balancing, batch())
     saved = copy.deepcopy(balancer.state_dict())
-    straight = step(made, balancing, batch(seed=1))
-    made, balancer, balancing = build(p=0.5)
+    straight = step(model, balancing, batch(seed=1))
+    model, balancer, balancing = build(p=0.5)
     balancer.load_state_dict(saved)
-    resumed = step(made, balancing, batch(seed=1))
+    resumed = step(model, balancing, batch(seed=1))
     assert all(torch.equal(resumed[key], straight[key]) for key in straight)
 
 

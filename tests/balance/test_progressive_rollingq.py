@@ -14,13 +14,13 @@ DEPTH, HEADS = 3, 2
 
 
 def build(epochs=7, *, seed=0, **options):
-    made = joint_model(heads=HEADS, depth=DEPTH, seed=seed)
+    model = joint_model(heads=HEADS, depth=DEPTH, seed=seed)
     options = {"beta": 0.0, "max_rotations": 1, "query_rows": "all", **options}
-    return made, eq.balance.ProgressiveRollingQ(made.fusion, epochs=epochs, **options)
+    return model, eq.balance.ProgressiveRollingQ(model.fusion, epochs=epochs, **options)
 
 
-def train_epoch(made, balancer, seed):
-    run_forward(made, [batch(seed=seed)])
+def train_epoch(model, balancer, seed):
+    run_forward(model, [batch(seed=seed)])
     return balancer.end_epoch()
 
 
@@ -30,11 +30,11 @@ def rotated_stages(balancer):
 
 
 def test_epochs_are_divided_among_stages():
-    made, balancer = build(epochs=8)
+    model, balancer = build(epochs=8)
     depths, stages, rotations = [], [], []
     for number in range(8):
-        depths.append(int(made.fusion.active))
-        log = train_epoch(made, balancer, number)
+        depths.append(int(model.fusion.active))
+        log = train_epoch(model, balancer, number)
         stages.append(log["stage"])
         rotations.append(log["rotations"])
     assert depths == stages == [1, 1, 2, 2, 3, 3, 3, 3]
@@ -43,19 +43,19 @@ def test_epochs_are_divided_among_stages():
 
 
 def test_rotation_limit_is_per_stage():
-    made, balancer = build(epochs=9, max_rotations=2)
+    model, balancer = build(epochs=9, max_rotations=2)
     counts = []
     for number in range(9):
-        train_epoch(made, balancer, number)
+        train_epoch(model, balancer, number)
         counts.append([int(stage.rotations) for stage in balancer.stages])
     assert counts[2::3] == [[2, 0, 0], [2, 2, 0], [2, 2, 2]]
 
 
 def test_rotation_of_a_finished_stage_is_frozen():
-    made, balancer = build(epochs=6)
+    model, balancer = build(epochs=6)
     seen = []
     for number in range(6):
-        train_epoch(made, balancer, number)
+        train_epoch(model, balancer, number)
         seen.append(([stage.rotation.clone() for stage in balancer.stages], rotated_stages(balancer)))
     assert [marks for _, marks in seen[1::2]] == [[True, False, False], [True, True, False], [True, True, True]]
     assert torch.equal(seen[1][0][0], seen[5][0][0])
@@ -63,13 +63,13 @@ def test_rotation_of_a_finished_stage_is_frozen():
 
 
 def test_only_active_layers_get_gradients():
-    made, balancer = build(epochs=3)
+    model, balancer = build(epochs=3)
     for used in (1, 2, 3):
-        made.zero_grad(set_to_none=True)
-        made.loss(made(batch()).logits, batch()["target"]).backward()
-        assert [layer.query.weight.grad is not None for layer in made.fusion.layers] == [n <= used for n in (1, 2, 3)]
-        assert [layer.readout for layer in made.fusion.layers] == [n == used for n in (1, 2, 3)]
-        train_epoch(made, balancer, used)
+        model.zero_grad(set_to_none=True)
+        model.loss(model(batch()).logits, batch()["target"]).backward()
+        assert [layer.query.weight.grad is not None for layer in model.fusion.layers] == [n <= used for n in (1, 2, 3)]
+        assert [layer.readout for layer in model.fusion.layers] == [n == used for n in (1, 2, 3)]
+        train_epoch(model, balancer, used)
 
 
 @pytest.mark.parametrize("stop", range(1, 8))
@@ -110,21 +110,21 @@ def test_loading_order_does_not_matter():
 
 
 def test_layers_store_rotations_and_balancer_stores_stage():
-    made, balancer = build()
+    model, balancer = build()
     assert list(balancer.state_dict()) == ["epoch"]
-    saved = [name for name in made.state_dict() if name.endswith("rolling.rotation")]
+    saved = [name for name in model.state_dict() if name.endswith("rolling.rotation")]
     assert saved == [f"fusion.blocks.{n}.attention.core.rolling.rotation" for n in range(DEPTH)]
 
 
 def test_rotations_can_be_merged_if_all_rows_are_rotated():
-    made, balancer = build(epochs=3)
+    model, balancer = build(epochs=3)
     for number in range(3):
-        train_epoch(made, balancer, number)
+        train_epoch(model, balancer, number)
     assert rotated_stages(balancer) == [True] * DEPTH
-    unfolded = made.eval()(batch()).logits
-    eq.merge_rotations(made)
-    torch.testing.assert_close(made(batch()).logits, unfolded, **TOL[torch.float64])
-    assert not any("rolling" in name for name in made.state_dict())
+    unfolded = model.eval()(batch()).logits
+    eq.merge_rotations(model)
+    torch.testing.assert_close(model(batch()).logits, unfolded, **TOL[torch.float64])
+    assert not any("rolling" in name for name in model.state_dict())
 
 
 def test_fewer_epochs_than_stages():
@@ -135,10 +135,10 @@ def test_fewer_epochs_than_stages():
 
 
 def test_depth_one_is_plain_rollingq():
-    made, plain = joint_model(), joint_model()
-    balancer = eq.balance.ProgressiveRollingQ(made.fusion, epochs=2, beta=0.0)
+    model, plain = joint_model(), joint_model()
+    balancer = eq.balance.ProgressiveRollingQ(model.fusion, epochs=2, beta=0.0)
     rolling = eq.balance.RollingQ(plain.fusion.attention, beta=0.0)
     for number in range(2):
-        train_epoch(made, balancer, number)
+        train_epoch(model, balancer, number)
         train_epoch(plain, rolling, number)
     assert torch.equal(balancer.stages[0].rotation, rolling.rotation)

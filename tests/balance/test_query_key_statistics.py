@@ -40,15 +40,15 @@ def assert_statistics_match(total, oracle_samples, *, heads=3, d=7, tolerance=EX
     """Means from the sums of each head, against the loops over the samples."""
     sums = RunningSums(heads, NAMES, d, None)
     for head in range(heads):
-        made = sums.means(total, head)
+        result = sums.means(total, head)
         query, keys, values, tokens = means(oracle_samples, NAMES, head, **options)
-        torch.testing.assert_close(made.query, torch.from_numpy(query), **tolerance)
-        assert list(made.keys) == list(keys)
+        torch.testing.assert_close(result.query, torch.from_numpy(query), **tolerance)
+        assert list(result.keys) == list(keys)
         for name in keys:
-            torch.testing.assert_close(made.keys[name], torch.from_numpy(keys[name]), **tolerance)
+            torch.testing.assert_close(result.keys[name], torch.from_numpy(keys[name]), **tolerance)
         relative = {"rel": tolerance["rtol"], "abs": tolerance["atol"]}
-        assert made.imbalance == pytest.approx(values, **relative)
-        assert made.tokens == pytest.approx(tokens)
+        assert result.imbalance == pytest.approx(values, **relative)
+        assert result.tokens == pytest.approx(tokens)
 
 
 @pytest.mark.parametrize("indicator", INDICATORS)
@@ -106,12 +106,12 @@ def test_worked_example():
 @given(st.integers(0, 10**6), st.integers(1, 4), st.sampled_from(INDICATORS))
 def test_micro_batches_sum_to_the_batch(seed, cut, indicator):
     query, key, labels, valid, rows = parts = random_batch(seed, missing=True)
-    whole = query_key_sums(query, key, labels, 3, valid=valid, rows=rows, indicator=indicator)
-    added = torch.zeros_like(whole)
+    full = query_key_sums(query, key, labels, 3, valid=valid, rows=rows, indicator=indicator)
+    added = torch.zeros_like(full)
     for piece in (slice(0, cut), slice(cut, None)):
         q, k, modality, v, r = (part[piece] for part in parts)
         added += query_key_sums(q, k, modality, 3, valid=v, rows=r, indicator=indicator)
-    torch.testing.assert_close(added, whole, **EXACT)
+    torch.testing.assert_close(added, full, **EXACT)
 
 
 @settings(max_examples=25, deadline=None)
@@ -161,15 +161,15 @@ def test_keep_all_ignores_the_window():
 @pytest.mark.parametrize("tail", [3, None])
 def test_window_is_restored_from_state(tail):
     sums = [query_key_sums(*random_batch(seed)[:3], 3) for seed in range(7)]
-    whole, first, second = (RunningSums(3, NAMES, 7, tail) for _ in range(3))
+    full, first, second = (RunningSums(3, NAMES, 7, tail) for _ in range(3))
     for part in sums:
-        whole.add(part)
+        full.add(part)
     for part in sums[:4]:
         first.add(part)
     second.load(first.state())
     for part in sums[4:]:
         second.add(part)
-    assert torch.equal(second.total(CPU), whole.total(CPU))
+    assert torch.equal(second.total(CPU), full.total(CPU))
 
 
 def test_window_of_different_length_is_reset():
@@ -199,11 +199,11 @@ def test_key_mask_of_every_form():
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 10**6), st.floats(0.02, 0.98))
-def test_target_share_is_reached_or_clamped(seed, wanted):
+def test_target_share_is_reached_or_clamped(seed, reference):
     random = torch.Generator().manual_seed(seed)
     query, audio, image = torch.randn(3, 7, generator=random, dtype=torch.float64) * 2
     keys, tokens = {"audio": audio, "image": image}, {"audio": 16.0, "image": 5.0}
-    alpha = weights_for_share(query, keys, tokens, {"audio": wanted, "image": 1 - wanted})
+    alpha = weights_for_share(query, keys, tokens, {"audio": reference, "image": 1 - reference})
     assert sum(alpha.values()) == pytest.approx(1.0)
 
     def share(weight):
@@ -212,14 +212,16 @@ def test_target_share_is_reached_or_clamped(seed, wanted):
         plain = {name: key.numpy() for name, key in keys.items()}
         return shares(anchor.numpy(), plain, tokens)["audio"]
 
-    expected = min(max(wanted, share(0.0)), share(1.0))
+    expected = min(max(reference, share(0.0)), share(1.0))
     assert share(alpha["audio"]) == pytest.approx(expected, abs=1e-9)
 
 
-@pytest.mark.parametrize(("wanted", "end"), [({"audio": 1.0, "image": 0.0}, 1.0), ({"audio": 0.0, "image": 1.0}, 0.0)])
-def test_target_share_of_one_is_an_endpoint(wanted, end):
+@pytest.mark.parametrize(
+    ("expected", "end"), [({"audio": 1.0, "image": 0.0}, 1.0), ({"audio": 0.0, "image": 1.0}, 0.0)]
+)
+def test_target_share_of_one_is_an_endpoint(expected, end):
     query, audio, image = torch.randn(3, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    alpha = weights_for_share(query, {"audio": audio, "image": image}, {"audio": 3.0, "image": 3.0}, wanted)
+    alpha = weights_for_share(query, {"audio": audio, "image": image}, {"audio": 3.0, "image": 3.0}, expected)
     assert alpha["audio"] == pytest.approx(end)
 
 

@@ -23,15 +23,15 @@ def build(
     names=("audio", "image"), *, fusion=eq.fusion.Concat, seed=0, dtype=torch.float64, unimodal="none", **options
 ):
     task = options.pop("task", "classification")
-    made = attention_model(names, fusion=fusion(DIM), seed=seed, dtype=dtype, unimodal=unimodal, task=task)
-    balancer = eq.balance.ReconBoost(made, **options)
-    return made, balancer, eq.BalancerList(made, [balancer])
+    model = attention_model(names, fusion=fusion(DIM), seed=seed, dtype=dtype, unimodal=unimodal, task=task)
+    balancer = eq.balance.ReconBoost(model, **options)
+    return model, balancer, eq.BalancerList(model, [balancer])
 
 
-def modality_logits(made, inputs):
+def modality_logits(model, inputs):
     """name -> logits of each modality's head."""
-    pooled = {name: tokens.pooled() for name, tokens in made.encode(inputs).items()}
-    return {name: made.head.parts[place](pooled[name]) for place, name in enumerate(made.names)}
+    pooled = {name: tokens.pooled() for name, tokens in model.encode(inputs).items()}
+    return {name: model.head.parts[index](pooled[name]) for index, name in enumerate(model.names)}
 
 
 def advance(balancer, epochs):
@@ -58,119 +58,119 @@ def test_each_modality_is_followed_by_rectification():
 @pytest.mark.parametrize("turn", [1, 2, 3])
 def test_learner_loss_equals_the_oracle(number, turn):
     names = NAMES[:number]
-    made, balancer, balancing = build(names, shrinkage=0.5, **WEIGHTS)
+    model, balancer, balancing = build(names, shrinkage=0.5, **WEIGHTS)
     advance(balancer, 2 * turn)
     inputs = batch(names, size=7)
-    place = turn % number
-    said = modality_logits(made, inputs)
-    others = sum(scores for name, scores in said.items() if name != names[place])
+    index = turn % number
+    message = modality_logits(model, inputs)
+    others = sum(scores for name, scores in message.items() if name != names[index])
     expected = boosting(
-        said[names[place]].tolist(), others.tolist(), said[names[place - 1]].tolist(), inputs["target"].tolist(), 0.5,
+        message[names[index]].tolist(), others.tolist(), message[names[index - 1]].tolist(), inputs["target"].tolist(), 0.5,
         *WEIGHTS.values(),
     )  # fmt: skip
-    assert float(balancing.loss(made(inputs), inputs["target"]).detach()) == pytest.approx(expected, rel=1e-10)
+    assert float(balancing.loss(model(inputs), inputs["target"]).detach()) == pytest.approx(expected, rel=1e-10)
 
 
 def test_first_learner_has_no_agreement_term():
-    made, _, balancing = build(agreement=0.0, **{k: v for k, v in WEIGHTS.items() if k != "agreement"})
+    model, _, balancing = build(agreement=0.0, **{k: v for k, v in WEIGHTS.items() if k != "agreement"})
     other, _, rebalancing = build(**WEIGHTS)
     inputs = batch()
     assert torch.equal(
-        balancing.loss(made(inputs), inputs["target"]), rebalancing.loss(other(inputs), inputs["target"])
+        balancing.loss(model(inputs), inputs["target"]), rebalancing.loss(other(inputs), inputs["target"])
     )
 
 
 def test_last_term_has_a_gradient():
-    found = []
+    result = []
     for agreement in (0.0, 0.7):
-        made, balancer, balancing = build(agreement=agreement)
+        model, balancer, balancing = build(agreement=agreement)
         advance(balancer, 2)
-        found.append(step(made, balancing, batch())["encoders.image.weight"])
-    made, inputs = attention_model(fusion=eq.fusion.Concat(DIM), unimodal="none"), batch()
-    eq.balance.ReconBoost(made)
-    said = modality_logits(made, inputs)
-    distance = said["image"].softmax(dim=1) - said["audio"].softmax(dim=1).detach()
-    (expected,) = gradients(0.7 * distance.square().sum(dim=1).mean(), [made.encoders["image"].weight])
-    torch.testing.assert_close(found[1] - found[0], expected, **EXACT)
+        result.append(step(model, balancing, batch())["encoders.image.weight"])
+    model, inputs = attention_model(fusion=eq.fusion.Concat(DIM), unimodal="none"), batch()
+    eq.balance.ReconBoost(model)
+    message = modality_logits(model, inputs)
+    distance = message["image"].softmax(dim=1) - message["audio"].softmax(dim=1).detach()
+    (expected,) = gradients(0.7 * distance.square().sum(dim=1).mean(), [model.encoders["image"].weight])
+    torch.testing.assert_close(result[1] - result[0], expected, **EXACT)
 
 
 @pytest.mark.parametrize(("epochs", "name"), [(0, "audio"), (2, "image")])
 def test_only_the_trained_modality_gets_gradients(epochs, name):
-    made, balancer, balancing = build()
+    model, balancer, balancing = build()
     advance(balancer, epochs)
-    place = made.names.index(name)
+    index = model.names.index(name)
     learning = {f"encoders.{name}.weight", f"encoders.{name}.bias"}
-    learning |= {f"head.parts.{place}.weight", f"head.parts.{place}.bias"}
-    assert set(step(made, balancing, batch())) == learning
+    learning |= {f"head.parts.{index}.weight", f"head.parts.{index}.bias"}
+    assert set(step(model, balancing, batch())) == learning
 
 
 def test_rectification_trains_all_modules():
-    made, balancer, balancing = build(shrinkage=0.5)
+    model, balancer, balancing = build(shrinkage=0.5)
     advance(balancer, 1)
     inputs = batch()
-    output = made(inputs)
-    torch.testing.assert_close(output.logits, 0.5 * sum(modality_logits(made, inputs).values()), **EXACT)
+    output = model(inputs)
+    torch.testing.assert_close(output.logits, 0.5 * sum(modality_logits(model, inputs).values()), **EXACT)
     loss = balancing.loss(output, inputs["target"])
-    torch.testing.assert_close(loss, made.loss(output.logits, inputs["target"]), **EXACT)
-    found = step(made, balancing, inputs)
-    assert set(found) == {name for name, _ in made.named_parameters()}
-    assert float(found["head.shrinkage"]) != 0.0
+    torch.testing.assert_close(loss, model.loss(output.logits, inputs["target"]), **EXACT)
+    result = step(model, balancing, inputs)
+    assert set(result) == {name for name, _ in model.named_parameters()}
+    assert float(result["head.shrinkage"]) != 0.0
 
 
 def test_logits_exclude_missing_modalities():
-    made, _, _ = build(shrinkage=0.5)
+    model, _, _ = build(shrinkage=0.5)
     inputs = batch(size=3, missing=("audio",))
-    said, has = modality_logits(made, inputs), inputs["mask"]["audio"]
-    expected = 0.5 * (said["image"] + torch.where(has[:, None], said["audio"], 0.0))
-    torch.testing.assert_close(made(inputs).logits, expected, **EXACT)
+    message, has = modality_logits(model, inputs), inputs["mask"]["audio"]
+    expected = 0.5 * (message["image"] + torch.where(has[:, None], message["audio"], 0.0))
+    torch.testing.assert_close(model(inputs).logits, expected, **EXACT)
 
 
 def test_samples_without_the_learner_modality_are_excluded():
-    made, balancer, balancing = build()
+    model, balancer, balancing = build()
     inputs = batch(size=7, missing=("audio",))
     kept = inputs["mask"]["audio"].nonzero()[:, 0]
     part = {name: value[kept] for name, value in inputs.items() if name != "mask"}
-    whole = balancing.loss(made(inputs), inputs["target"])
-    torch.testing.assert_close(whole, balancing.loss(made(part), part["target"]), **EXACT)
+    full = balancing.loss(model(inputs), inputs["target"])
+    torch.testing.assert_close(full, balancing.loss(model(part), part["target"]), **EXACT)
     assert balancer.learner() == "audio"
 
 
 @pytest.mark.parametrize("epochs", [0, 1, 2])
 def test_modality_missing_from_all_samples(epochs):
-    made, balancer, balancing = build(NAMES[:3])
+    model, balancer, balancing = build(NAMES[:3])
     advance(balancer, epochs)
-    found = step(made, balancing, {**batch(NAMES[:3]), "audio": None})
-    assert all(bool(gradient.isfinite().all()) for gradient in found.values())
-    assert "encoders.audio.weight" not in found
+    result = step(model, balancing, {**batch(NAMES[:3]), "audio": None})
+    assert all(bool(gradient.isfinite().all()) for gradient in result.values())
+    assert "encoders.audio.weight" not in result
 
 
 @pytest.mark.parametrize("epochs", [0, 1])
 def test_accumulated_batches_equal_one_large_batch(epochs):
-    whole = batch(size=12)
-    made, balancer, balancing = build()
+    full = batch(size=12)
+    model, balancer, balancing = build()
     advance(balancer, epochs)
-    large, small = step(made, balancing, whole), step(made, balancing, *split_batch(whole, 5, 3, 4))
+    large, small = step(model, balancing, full), step(model, balancing, *split_batch(full, 5, 3, 4))
     for name, gradient in large.items():
         torch.testing.assert_close(small[name], gradient, **EXACT)
 
 
 @pytest.mark.parametrize("unimodal", ["probe", "train"])
 def test_unimodal_heads_are_detached(unimodal):
-    made, _, balancing = build(unimodal=unimodal)
-    found = step(made, balancing, batch())
-    assert "unimodal_heads.image.weight" in found
-    assert "encoders.image.weight" not in found
+    model, _, balancing = build(unimodal=unimodal)
+    result = step(model, balancing, batch())
+    assert "unimodal_heads.image.weight" in result
+    assert "encoders.image.weight" not in result
 
 
 def test_resumed_training_equals_uninterrupted_training():
-    made, balancer, _ = build()
+    model, balancer, _ = build()
     advance(balancer, 2)
     fresh, other, rebalancing = build(seed=9)
-    fresh.load_state_dict(copy.deepcopy(made.state_dict()))
+    fresh.load_state_dict(copy.deepcopy(model.state_dict()))
     other.load_state_dict(copy.deepcopy(balancer.state_dict()))
     inputs = batch()
     assert other.learner() == "image"
-    straight = eq.BalancerList(made, [balancer]).loss(made(inputs), inputs["target"])
+    straight = eq.BalancerList(model, [balancer]).loss(model(inputs), inputs["target"])
     assert torch.equal(rebalancing.loss(fresh(inputs), inputs["target"]), straight)
     assert other.end_epoch() == {"shrinkage": pytest.approx(0.01)}
 
@@ -178,23 +178,23 @@ def test_resumed_training_equals_uninterrupted_training():
 @pytest.mark.parametrize("task", ["multilabel", "regression"])
 @pytest.mark.parametrize("epochs", [1, 2])
 def test_all_tasks(task, epochs):
-    made, balancer, balancing = build(task=task)
+    model, balancer, balancing = build(task=task)
     advance(balancer, epochs)
     inputs = batch()
     inputs["target"] = torch.nn.functional.one_hot(inputs["target"], 3).double()
-    found = step(made, balancing, inputs)
-    assert float(found["encoders.image.weight"].abs().max()) > 0
-    assert all(bool(gradient.isfinite().all()) for gradient in found.values())
+    result = step(model, balancing, inputs)
+    assert float(result["encoders.image.weight"].abs().max()) > 0
+    assert all(bool(gradient.isfinite().all()) for gradient in result.values())
 
 
 @pytest.mark.parametrize("epochs", [0, 1, 2])
 def test_autocast(epochs):
-    made, balancer, balancing = build(dtype=torch.float32)
+    model, balancer, balancing = build(dtype=torch.float32)
     advance(balancer, epochs)
     inputs = batch(dtype=torch.float32)
-    exact = balancing.loss(made(inputs), inputs["target"])
+    exact = balancing.loss(model(inputs), inputs["target"])
     with torch.autocast("cpu", torch.bfloat16):
-        loss = balancing.loss(made(inputs), inputs["target"])
+        loss = balancing.loss(model(inputs), inputs["target"])
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, exact, **TOL[torch.bfloat16])
 
@@ -207,14 +207,14 @@ def test_errors():
     for wrong in ({"residual": 5.0}, {"residual": -1.0}, {"agreement": -1.0}, {"shrinkage": 0.0}):
         with pytest.raises(ConfigError, match=r"ReconBoost: expected task_weight > residual >= 0, agreement >= 0"):
             build(**wrong)
-    made, balancer, _ = build()
+    model, balancer, _ = build()
     balancer.end_epoch()
     with pytest.raises(ConfigError, match="expected an output with logits, got logits = None"):
-        balancer.penalty(made(batch()).with_(logits=None), batch()["target"])
+        balancer.penalty(model(batch()).with_(logits=None), batch()["target"])
 
 
 @pytest.mark.parametrize("other", ["MBSD", "MMPareto"])
 def test_balancers_that_need_trained_heads_raise(other):
-    made = attention_model(fusion=eq.fusion.Concat(DIM))
+    model = attention_model(fusion=eq.fusion.Concat(DIM))
     with pytest.raises(ConfigError, match=f"ReconBoost with {other}: it needs unimodal heads that train the encoders"):
-        eq.BalancerList(made, [getattr(eq.balance, other)(made), eq.balance.ReconBoost(made)])
+        eq.BalancerList(model, [getattr(eq.balance, other)(model), eq.balance.ReconBoost(model)])

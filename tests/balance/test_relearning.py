@@ -23,20 +23,20 @@ EXACT = TOL[torch.float64]
 quick = settings(max_examples=25, deadline=None)
 
 
-def build(made=None, optimizer=torch.optim.SGD, **options):
+def build(result=None, optimizer=torch.optim.SGD, **options):
     """A model, a balancer of it that acts every epoch, and the optimizer attached to it."""
-    made = made or additive_model()
-    balancer = eq.balance.DiagnoseRelearn(made, **{"every": 1, **options})
-    chosen = optimizer(made.parameters(), lr=0.1, **({"momentum": 0.9} if optimizer is torch.optim.SGD else {}))
-    eq.BalancerList(made, [balancer]).attach_optimizer(chosen)
-    return made, balancer, chosen
+    result = result or additive_model()
+    balancer = eq.balance.DiagnoseRelearn(result, **{"every": 1, **options})
+    chosen = optimizer(result.parameters(), lr=0.1, **({"momentum": 0.9} if optimizer is torch.optim.SGD else {}))
+    eq.BalancerList(result, [balancer]).attach_optimizer(chosen)
+    return result, balancer, chosen
 
 
-def perturb_weights(made, seed=0):
+def perturb_weights(model, seed=0):
     """Changes all weights."""
     random = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in made.parameters():
+        for parameter in model.parameters():
             parameter += torch.randn(parameter.shape, generator=random, dtype=parameter.dtype)
 
 
@@ -63,18 +63,18 @@ def test_clustering_uses_scaled_features_and_is_deterministic():
     group = torch.arange(30) % 3
     features = torch.stack([group + 0.01 * torch.randn(30, generator=random), 100 + 0 * group], dim=1)
     state = torch.get_rng_state()
-    found = kmeans_labels(features, 3, seed=0)
-    assert purity(found, group[:, None]) == 1
-    assert torch.equal(kmeans_labels(1000 * features - 7, 3, seed=0), found)
+    result = kmeans_labels(features, 3, seed=0)
+    assert purity(result, group[:, None]) == 1
+    assert torch.equal(kmeans_labels(1000 * features - 7, 3, seed=0), result)
     assert torch.equal(torch.get_rng_state(), state)
     assert to_lists(kmeans_labels(torch.ones(5, 2), 3, seed=0)) == [0] * 5
 
 
 def test_gaps_are_purity_differences():
-    made, balancer, _ = build()
+    model, balancer, _ = build()
     train, val = separable_batch(apart=5.0), separable_batch(apart=0.0, seed=1)
     gaps = balancer.gaps([train], [val])
-    features = made.eval().encode(val)["audio"].pooled().detach()
+    features = model.eval().encode(val)["audio"].pooled().detach()
     pure = slow_purity(to_lists(kmeans_labels(features, 3, seed=0)), to_lists(val["target"]))
     assert pure < 0.8
     assert float(gaps[0]) == pytest.approx(1 - pure)
@@ -84,47 +84,47 @@ def test_gaps_are_purity_differences():
 
 
 def test_encoders_are_reset_in_proportion_to_overfitting():
-    made, balancer, _ = build(strength=2.0)
-    first = copy.deepcopy(made.state_dict())
-    perturb_weights(made)
-    last = copy.deepcopy(made.state_dict())
+    model, balancer, _ = build(strength=2.0)
+    first = copy.deepcopy(model.state_dict())
+    perturb_weights(model)
+    last = copy.deepcopy(model.state_dict())
     train, val = [separable_batch(apart=5.0)], [separable_batch(apart=0.0, seed=1)]
     weights = [math.tanh(2.0 * gap) for gap in to_lists(balancer.gaps(train, val))]
     assert weights[0] > 0.3
     balancer.review(train, val)
-    for name, found in made.state_dict().items():
-        weight = sum(w for n, w in zip(made.names, weights, strict=True) if name.startswith(f"encoders.{n}."))
-        torch.testing.assert_close(found, weight * first[name] + (1 - weight) * last[name], **EXACT)
+    for name, result in model.state_dict().items():
+        weight = sum(w for n, w in zip(model.names, weights, strict=True) if name.startswith(f"encoders.{n}."))
+        torch.testing.assert_close(result, weight * first[name] + (1 - weight) * last[name], **EXACT)
     assert balancer.end_epoch() == pytest.approx({"reset/audio": weights[0], "reset/image": weights[1]})
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
 def test_optimizer_state_of_reset_encoders_is_cleared(optimizer):
-    made, balancer, chosen = build(optimizer=optimizer)
-    step(made, eq.BalancerList(made), batch(size=7))
+    model, balancer, chosen = build(optimizer=optimizer)
+    step(model, eq.BalancerList(model), batch(size=7))
     chosen.step()
     alike = separable_batch(apart=5.0)
     balancer.review(
         [alike], [separable_batch(apart=0.0, seed=1) | {"image": alike["image"], "target": alike["target"]}]
     )
-    encoder = made.encoders["audio"]
+    encoder = model.encoders["audio"]
     assert not any(p in chosen.state for p in encoder.parameters())
     # The image's gap is 0, and the head belongs to no modality.
-    assert all(p in chosen.state for p in (*made.encoders["image"].parameters(), *made.head.parameters()))
+    assert all(p in chosen.state for p in (*model.encoders["image"].parameters(), *model.head.parameters()))
     before = encoder.weight.detach().clone()
-    step(made, eq.BalancerList(made), batch(size=7))
+    step(model, eq.BalancerList(model), batch(size=7))
     chosen.step()
     assert not torch.equal(encoder.weight, before)
 
 
 def test_epochs_of_resets():
-    made, balancer, _ = build(every=2, times=2, epochs=9)
+    model, balancer, _ = build(every=2, times=2, epochs=9)
     train, val, acted = [separable_batch(apart=5.0)], [separable_batch(apart=0.0, seed=1)], []
     for _ in range(8):
         balancer.review(train, val)
         acted.append(balancer.end_epoch()["reset/audio"] > 0)
     assert acted == [False, True, False, True, False, False, False, False]
-    _, balancer, _ = build(made, every=2, epochs=2)
+    _, balancer, _ = build(model, every=2, epochs=2)
     for _ in range(2):
         # Nothing is looked at where it is not time, and the last epoch would be lost.
         balancer.review(iter([None]), iter([None]))
@@ -132,9 +132,9 @@ def test_epochs_of_resets():
 
 
 def test_state_dict_contains_the_initial_weights():
-    made, balancer, _ = build()
-    perturb_weights(made)
-    states = copy.deepcopy([made.state_dict(), balancer.state_dict()])
+    model, balancer, _ = build()
+    perturb_weights(model)
+    states = copy.deepcopy([model.state_dict(), balancer.state_dict()])
     fresh, other, _ = build(additive_model(seed=9))
     fresh.load_state_dict(states[0])
     other.load_state_dict(states[1])
@@ -142,35 +142,35 @@ def test_state_dict_contains_the_initial_weights():
     for each in (balancer, other):
         each.review(train, val)
     assert balancer.end_epoch() == other.end_epoch() != {"reset/audio": 0.0, "reset/image": 0.0}
-    assert all(torch.equal(found, fresh.state_dict()[name]) for name, found in made.state_dict().items())
+    assert all(torch.equal(result, fresh.state_dict()[name]) for name, result in model.state_dict().items())
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_all_tasks(task):
-    made, balancer, _ = build(attention_model(task=task))
+    model, balancer, _ = build(attention_model(task=task))
     data = [batch_for(task, size=size, seed=size, missing=("audio", "image")) for size in (13, 11, 17)]
     gaps = balancer.gaps(data[:2], data[2:])
     assert all(0 < gap < 1 for gap in to_lists(gaps))
     balancer.review(data[:2], [{**data[2], "image": None, "mask": {}}])
     assert float(balancer.end_epoch()["reset/image"]) == 0
-    assert all(bool(p.isfinite().all()) for p in made.parameters())
+    assert all(bool(p.isfinite().all()) for p in model.parameters())
 
 
 def test_training_modes_and_rng_state_are_restored():
-    made, balancer, _ = build(attention_model(fusion=eq.fusion.JointAttention(DIM, heads=2, dropout=0.5)))
-    made.train()
+    model, balancer, _ = build(attention_model(fusion=eq.fusion.JointAttention(DIM, heads=2, dropout=0.5)))
+    model.train()
     state = torch.get_rng_state()
     balancer.review([batch(size=7)], [batch(size=7, seed=1)])
     assert torch.equal(torch.get_rng_state(), state)
-    assert all(module.training for module in made.modules())
+    assert all(module.training for module in model.modules())
 
 
 class Plain(pl.LightningModule):
     """A user's module that contains a model."""
 
-    def __init__(self, made, balancer):
+    def __init__(self, model, balancer):
         super().__init__()
-        self.model, self.balancing = made, eq.BalancerList(made, [balancer])
+        self.model, self.balancing = model, eq.BalancerList(model, [balancer])
 
     def training_step(self, inputs, index):
         return self.balancing.loss(self.model(inputs), inputs["target"])
@@ -183,8 +183,8 @@ class Plain(pl.LightningModule):
 
 
 def test_lightning_attaches_the_optimizer(tmp_path):
-    made = additive_model()
-    module = Plain(made, eq.balance.DiagnoseRelearn(made, every=1, times=1))
+    model = additive_model()
+    module = Plain(model, eq.balance.DiagnoseRelearn(model, every=1, times=1))
     trainer = pl.Trainer(
         max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, default_root_dir=tmp_path, num_sanity_val_steps=0,
@@ -200,8 +200,8 @@ def test_lightning_attaches_the_optimizer(tmp_path):
         warnings.simplefilter("ignore", UserWarning)
         trainer.fit(module, train, val)
     state = trainer.optimizers[0].state
-    assert not any(p in state for p in made.encoders["audio"].parameters())
-    assert all(p in state for p in made.head.parameters())
+    assert not any(p in state for p in model.encoders["audio"].parameters())
+    assert all(p in state for p in model.head.parameters())
     assert trainer.callback_metrics["balance/reset/audio"] > 0
 
 

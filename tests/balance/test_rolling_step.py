@@ -42,17 +42,17 @@ A2_QUERY, A2_KEYS = doubles(3, 4, 0), {"audio": doubles(2, 0, 0), "video": doubl
 
 
 def test_worked_example():
-    made = eq.balance.rolling_query(A2_QUERY, A2_KEYS, rho=1.0)
-    assert made.air["audio"] == pytest.approx(0.6, abs=1e-12)
-    assert made.air["video"] == pytest.approx(-0.6, abs=1e-12)
-    assert made.spread == pytest.approx(0.6, abs=1e-12)
-    assert made.weights["audio"] == pytest.approx(0.2314752165, abs=1e-10)
-    assert made.weights["video"] == pytest.approx(0.7685247835, abs=1e-10)
-    torch.testing.assert_close(made.anchor, doubles(1.4419838461, 0, 4.7875549697), rtol=0, atol=1e-10)
-    torch.testing.assert_close(made.anchor, A2_QUERY @ made.rotation, **EXACT)
+    result = eq.balance.rolling_query(A2_QUERY, A2_KEYS, rho=1.0)
+    assert result.air["audio"] == pytest.approx(0.6, abs=1e-12)
+    assert result.air["video"] == pytest.approx(-0.6, abs=1e-12)
+    assert result.spread == pytest.approx(0.6, abs=1e-12)
+    assert result.weights["audio"] == pytest.approx(0.2314752165, abs=1e-10)
+    assert result.weights["video"] == pytest.approx(0.7685247835, abs=1e-10)
+    torch.testing.assert_close(result.anchor, doubles(1.4419838461, 0, 4.7875549697), rtol=0, atol=1e-10)
+    torch.testing.assert_close(result.anchor, A2_QUERY @ result.rotation, **EXACT)
     column = doubles([0.6733, -0.1444, -0.7252], [-0.6059, 0.4544, -0.6530], [0.4238, 0.8790, 0.2184])
-    torch.testing.assert_close(made.rotation.mT, column, rtol=0, atol=5e-5)
-    assert made.rotates
+    torch.testing.assert_close(result.rotation.mT, column, rtol=0, atol=5e-5)
+    assert result.rotates
 
 
 def test_anchor_has_query_norm_unlike_the_paper():
@@ -67,18 +67,18 @@ def test_anchor_has_query_norm_unlike_the_paper():
 )
 def test_values_in_the_plane(rho, alpha, after):
     query, keys = unit_vector(0.3), {"audio": unit_vector(0.0), "video": unit_vector(2.0)}
-    made = eq.balance.rolling_query(query, keys, rho=rho)
-    assert made.air["audio"] == pytest.approx(1.0841809834, abs=1e-10)
-    assert made.weights["audio"] == pytest.approx(alpha, rel=1e-5)
-    turned = cosines(query @ eq.geometry.rotation_between(query, made.anchor), keys)
+    result = eq.balance.rolling_query(query, keys, rho=rho)
+    assert result.air["audio"] == pytest.approx(1.0841809834, abs=1e-10)
+    assert result.weights["audio"] == pytest.approx(alpha, rel=1e-5)
+    turned = cosines(query @ eq.geometry.rotation_between(query, result.anchor), keys)
     assert turned["audio"] - turned["video"] == pytest.approx(after, abs=1e-9)
 
 
 def test_unrescaled_anchor_of_the_plane():
-    made = eq.balance.rolling_query(unit_vector(0.3), {"audio": unit_vector(0.0), "video": unit_vector(2.0)}, rho=0.0)
-    mixed = made.weights["audio"] * unit_vector(0.0) + made.weights["video"] * unit_vector(2.0)
+    result = eq.balance.rolling_query(unit_vector(0.3), {"audio": unit_vector(0.0), "video": unit_vector(2.0)}, rho=0.0)
+    mixed = result.weights["audio"] * unit_vector(0.0) + result.weights["video"] * unit_vector(2.0)
     assert float(mixed.norm()) == pytest.approx(0.5403, abs=5e-5)
-    torch.testing.assert_close(made.anchor, unit_vector(1.0), **EXACT)
+    torch.testing.assert_close(result.anchor, unit_vector(1.0), **EXACT)
 
 
 @pytest.mark.parametrize("number", [2, 3, 5])
@@ -88,26 +88,26 @@ def test_equals_the_oracle(number, rho):
     air, alpha, anchor, rotation = step(
         query.numpy(), {n: k.numpy() for n, k in keys.items()}, cosines(query, keys), rho
     )
-    made = eq.balance.rolling_query(query, keys, rho=rho)
-    assert made.air == pytest.approx(air, abs=1e-12)
-    assert made.weights == pytest.approx(alpha, abs=1e-12)
-    torch.testing.assert_close(made.anchor, torch.from_numpy(anchor), **EXACT)
-    torch.testing.assert_close(made.rotation, torch.from_numpy(rotation), **EXACT)
-    assert made.spread == pytest.approx(max(cosines(query, keys).values()) - min(cosines(query, keys).values()))
+    result = eq.balance.rolling_query(query, keys, rho=rho)
+    assert result.air == pytest.approx(air, abs=1e-12)
+    assert result.weights == pytest.approx(alpha, abs=1e-12)
+    torch.testing.assert_close(result.anchor, torch.from_numpy(anchor), **EXACT)
+    torch.testing.assert_close(result.rotation, torch.from_numpy(rotation), **EXACT)
+    assert result.spread == pytest.approx(max(cosines(query, keys).values()) - min(cosines(query, keys).values()))
 
 
 @quick
 @given(seeds, st.floats(0, 5))
 def test_closed_form_for_two_modalities(seed, rho):
     query, keys = random_query_and_keys(seed, 2, 7)
-    made = eq.balance.rolling_query(query, keys, rho=rho)
+    result = eq.balance.rolling_query(query, keys, rho=rho)
     a, b = (key / key.norm() for key in keys.values())
-    kappa, alpha = float(a @ b), made.weights["audio"]
+    kappa, alpha = float(a @ b), result.weights["audio"]
     s = math.sqrt(alpha**2 + (1 - alpha) ** 2 + 2 * alpha * (1 - alpha) * kappa)
-    turned = cosines(query @ made.rotation, keys)
+    turned = cosines(query @ result.rotation, keys)
     assert turned["audio"] == pytest.approx((alpha + (1 - alpha) * kappa) / s, abs=1e-9)
     assert turned["image"] == pytest.approx((alpha * kappa + 1 - alpha) / s, abs=1e-9)
-    after = -math.tanh(rho * made.air["audio"]) * (1 - kappa) / s
+    after = -math.tanh(rho * result.air["audio"]) * (1 - kappa) / s
     assert turned["audio"] - turned["image"] == pytest.approx(after, abs=1e-9)
 
 
@@ -115,39 +115,41 @@ def test_closed_form_for_two_modalities(seed, rho):
 @given(seeds, st.sampled_from([2, 3, 5]), st.floats(0, 5))
 def test_closed_form_for_many_modalities(seed, number, rho):
     query, keys = random_query_and_keys(seed, number, 13)
-    made = eq.balance.rolling_query(query, keys, rho=rho)
+    result = eq.balance.rolling_query(query, keys, rho=rho)
     units = torch.stack([key / key.norm() for key in keys.values()])
-    gram, alpha = units @ units.T, doubles(*made.weights.values())
+    gram, alpha = units @ units.T, doubles(*result.weights.values())
     expected = gram @ alpha / (alpha @ gram @ alpha).sqrt()
-    torch.testing.assert_close(doubles(*cosines(query @ made.rotation, keys).values()), expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        doubles(*cosines(query @ result.rotation, keys).values()), expected, rtol=1e-9, atol=1e-9
+    )
 
 
 @quick
 @given(seeds, st.sampled_from([2, 3, 5]), st.floats(0, 5), st.randoms())
 def test_order_and_norms_do_not_matter(seed, number, rho, random):
     query, keys = random_query_and_keys(seed, number, 7)
-    made = eq.balance.rolling_query(query, keys, rho=rho)
+    result = eq.balance.rolling_query(query, keys, rho=rho)
     shuffled = list(keys)
     random.shuffle(shuffled)
     other = eq.balance.rolling_query(3.0 * query, {name: 0.2 * keys[name] for name in shuffled}, rho=rho)
-    torch.testing.assert_close(other.rotation, made.rotation, rtol=1e-9, atol=1e-9)
-    assert other.weights == pytest.approx(made.weights)
-    assert other.air == pytest.approx(made.air, abs=1e-12)
+    torch.testing.assert_close(other.rotation, result.rotation, rtol=1e-9, atol=1e-9)
+    assert other.weights == pytest.approx(result.weights)
+    assert other.air == pytest.approx(result.air, abs=1e-12)
 
 
 @quick
 @given(seeds, st.sampled_from([2, 3, 5]), st.floats(0.01, 5))
 def test_weights_sum_to_one_and_are_ordered(seed, number, rho):
     query, keys = random_query_and_keys(seed, number, 7)
-    made = eq.balance.rolling_query(query, keys, rho=rho)
-    assert sum(made.air.values()) == pytest.approx(0.0, abs=1e-12)
-    assert sum(made.weights.values()) == pytest.approx(1.0)
-    assert all(0 < weight < 1 for weight in made.weights.values())
+    result = eq.balance.rolling_query(query, keys, rho=rho)
+    assert sum(result.air.values()) == pytest.approx(0.0, abs=1e-12)
+    assert sum(result.weights.values()) == pytest.approx(1.0)
+    assert all(0 < weight < 1 for weight in result.weights.values())
     by_attention = sorted(keys, key=cosines(query, keys).get)
-    by_weight = sorted(keys, key=made.weights.get, reverse=True)
+    by_weight = sorted(keys, key=result.weights.get, reverse=True)
     assert by_attention == by_weight
     raised = {name: c + 0.3 for name, c in cosines(query, keys).items()}
-    assert eq.balance.rolling_query(query, keys, rho=rho, imbalance=raised).weights == pytest.approx(made.weights)
+    assert eq.balance.rolling_query(query, keys, rho=rho, imbalance=raised).weights == pytest.approx(result.weights)
 
 
 @quick
@@ -166,23 +168,23 @@ def test_weight_decreases_with_attention(c, more, rho):
 @given(seeds, st.floats(0.01, 5))
 def test_two_modalities_swap_dominance(seed, rho):
     query, keys = random_query_and_keys(seed, 2, 5)
-    made = eq.balance.rolling_query(query, keys, rho=rho)
-    turned = cosines(query @ made.rotation, keys)
-    assert (turned["audio"] - turned["image"]) * made.air["audio"] < 0
+    result = eq.balance.rolling_query(query, keys, rho=rho)
+    turned = cosines(query @ result.rotation, keys)
+    assert (turned["audio"] - turned["image"]) * result.air["audio"] < 0
 
 
 @quick
 @given(seeds, st.sampled_from([2, 3, 5, 11]))
 def test_rotation_is_orthogonal_and_reaches_the_anchor(seed, d):
     query, keys = random_query_and_keys(seed, 3, d)
-    made = eq.balance.rolling_query(query, keys, rho=1.0)
-    rotation, eye = made.rotation, torch.eye(d, dtype=torch.float64)
+    result = eq.balance.rolling_query(query, keys, rho=1.0)
+    rotation, eye = result.rotation, torch.eye(d, dtype=torch.float64)
     torch.testing.assert_close(rotation @ rotation.mT, eye, **EXACT)
     assert float(torch.linalg.det(rotation)) == pytest.approx(1.0)
-    torch.testing.assert_close(query @ rotation, made.anchor, **EXACT)
-    back = torch.from_numpy(rotation_row(made.anchor.numpy(), query.numpy()))
+    torch.testing.assert_close(query @ rotation, result.anchor, **EXACT)
+    back = torch.from_numpy(rotation_row(result.anchor.numpy(), query.numpy()))
     torch.testing.assert_close(rotation @ back, eye, rtol=1e-6, atol=1e-8)
-    plane = torch.linalg.qr(torch.stack([query, made.anchor]).mT).Q
+    plane = torch.linalg.qr(torch.stack([query, result.anchor]).mT).Q
     rest = torch.randn(d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     rest = rest - plane @ (plane.mT @ rest)
     torch.testing.assert_close(rest @ rotation, rest, rtol=1e-9, atol=1e-9)
@@ -191,38 +193,38 @@ def test_rotation_is_orthogonal_and_reaches_the_anchor(seed, d):
 def test_large_rho_selects_the_least_attended_modality():
     query, keys = random_query_and_keys(3, 3, 7)
     least = min(keys, key=cosines(query, keys).get)
-    made = eq.balance.rolling_query(query, keys, rho=1e4)
-    assert made.weights[least] == pytest.approx(1.0)
-    torch.testing.assert_close(made.anchor / made.anchor.norm(), keys[least] / keys[least].norm(), **EXACT)
+    result = eq.balance.rolling_query(query, keys, rho=1e4)
+    assert result.weights[least] == pytest.approx(1.0)
+    torch.testing.assert_close(result.anchor / result.anchor.norm(), keys[least] / keys[least].norm(), **EXACT)
 
 
 def test_given_weights_replace_rho():
-    made = eq.balance.rolling_query(A2_QUERY, A2_KEYS, rho=5.0, weights={"audio": 3 / 7, "video": 4 / 7})
-    torch.testing.assert_close(made.anchor, doubles(3, 0, 4), **EXACT)
-    assert made.air["audio"] == pytest.approx(0.6)
+    result = eq.balance.rolling_query(A2_QUERY, A2_KEYS, rho=5.0, weights={"audio": 3 / 7, "video": 4 / 7})
+    torch.testing.assert_close(result.anchor, doubles(3, 0, 4), **EXACT)
+    assert result.air["audio"] == pytest.approx(0.6)
 
 
 def test_svd_rotation_reaches_the_anchor():
     query, keys = random_query_and_keys(5, 2, 13)
-    made = eq.balance.rolling_query(query, keys, rho=1.0, rotation="svd")
-    torch.testing.assert_close(query @ made.rotation, made.anchor, **EXACT)
-    assert float(torch.linalg.det(made.rotation)) == pytest.approx(1.0)
+    result = eq.balance.rolling_query(query, keys, rho=1.0, rotation="svd")
+    torch.testing.assert_close(query @ result.rotation, result.anchor, **EXACT)
+    assert float(torch.linalg.det(result.rotation)) == pytest.approx(1.0)
     minimal = eq.balance.rolling_query(query, keys, rho=1.0)
     eye = torch.eye(13, dtype=torch.float64)
-    assert float((made.rotation - eye).norm()) > float((minimal.rotation - eye).norm())
+    assert float((result.rotation - eye).norm()) > float((minimal.rotation - eye).norm())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_low_precision_inputs_are_computed_in_float64(dtype):
     query, keys = random_query_and_keys(1, 2, 7)
     low = query.to(dtype)
-    made = eq.balance.rolling_query(low, {name: key.to(dtype) for name, key in keys.items()}, rho=1.0)
+    result = eq.balance.rolling_query(low, {name: key.to(dtype) for name, key in keys.items()}, rho=1.0)
     exact = eq.balance.rolling_query(
         low.double(), {name: key.to(dtype).double() for name, key in keys.items()}, rho=1.0
     )
-    assert made.rotation.dtype == dtype
-    assert made.air == exact.air
-    torch.testing.assert_close(made.rotation, exact.rotation.to(dtype), rtol=0, atol=0)
+    assert result.rotation.dtype == dtype
+    assert result.air == exact.air
+    torch.testing.assert_close(result.rotation, exact.rotation.to(dtype), rtol=0, atol=0)
 
 
 ZERO = torch.zeros(3, dtype=torch.float64)
@@ -238,19 +240,19 @@ ZERO = torch.zeros(3, dtype=torch.float64)
     ],
 )
 def test_degenerate_inputs_give_a_reason(query, keys, rho, why):
-    made = eq.balance.rolling_query(query, keys, rho=rho)
-    assert why in made.reason
-    assert not made.rotates
-    assert torch.equal(made.rotation, torch.eye(3, dtype=torch.float64))
-    assert torch.equal(made.anchor, query)
+    result = eq.balance.rolling_query(query, keys, rho=rho)
+    assert why in result.reason
+    assert not result.rotates
+    assert torch.equal(result.rotation, torch.eye(3, dtype=torch.float64))
+    assert torch.equal(result.anchor, query)
 
 
 def test_query_opposite_to_anchor_rotates_by_180_degrees():
     query = doubles(-1, -1, 0)
-    made = eq.balance.rolling_query(query, {"audio": doubles(2, 0, 0), "video": doubles(0, 5, 0)}, rho=0.0)
-    assert made.rotates
-    torch.testing.assert_close(query @ made.rotation, -query, **EXACT)
-    assert float(torch.linalg.det(made.rotation)) == pytest.approx(1.0)
+    result = eq.balance.rolling_query(query, {"audio": doubles(2, 0, 0), "video": doubles(0, 5, 0)}, rho=0.0)
+    assert result.rotates
+    torch.testing.assert_close(query @ result.rotation, -query, **EXACT)
+    assert float(torch.linalg.det(result.rotation)) == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize(

@@ -15,15 +15,15 @@ TWO = ("audio", "image")
 INDICATORS = ("cosine", "logit", "mass", "mass_per_token")
 
 
-def build_balancer(made, **options):
-    return eq.balance.RollingQ(made.fusion.attention, **{"beta": 0.0, "tail": None, "max_rotations": None, **options})
+def build_balancer(model, **options):
+    return eq.balance.RollingQ(model.fusion.attention, **{"beta": 0.0, "tail": None, "max_rotations": None, **options})
 
 
-def expected_rotation(found, names, heads, *, rho=1.0, **options):
+def expected_rotation(result, names, heads, *, rho=1.0, **options):
     """Returns rotation and imbalance of each head, computed with loops."""
     rotations, air = [], []
     for head in range(heads):
-        query, keys, values, _ = means(found, names, head, **options)
+        query, keys, values, _ = means(result, names, head, **options)
         imbalance, _, _, rotation = step(query, keys, values, rho)
         rotations.append(torch.from_numpy(rotation))
         air.append(imbalance)
@@ -40,11 +40,11 @@ def assert_log(log, air, names):
 @pytest.mark.parametrize("names", [TWO, NAMES[:3], NAMES])
 @pytest.mark.parametrize("heads", [1, 3])
 def test_rotation_against_loops(names, heads, indicator):
-    made = joint_model(names, heads=heads)
-    rolling = build_balancer(made, indicator=indicator, rho=0.7)
+    model = joint_model(names, heads=heads)
+    rolling = build_balancer(model, indicator=indicator, rho=0.7)
     batches = [batch(names, size=size, seed=size) for size in (5, 3, 2)]
-    run_forward(made, batches)
-    rotation, air = expected_rotation(oracle_samples(made, batches), names, heads, rho=0.7, kind=indicator)
+    run_forward(model, batches)
+    rotation, air = expected_rotation(oracle_samples(model, batches), names, heads, rho=0.7, kind=indicator)
     log = rolling.end_epoch()
     torch.testing.assert_close(rolling.rotation, rotation, **EXACT)
     assert_log(log, air, names)
@@ -56,33 +56,33 @@ def test_rotation_against_loops(names, heads, indicator):
 
 
 def test_samples_without_a_modality_contribute_the_others():
-    made = joint_model(NAMES[:3], heads=2)
-    rolling = build_balancer(made)
+    model = joint_model(NAMES[:3], heads=2)
+    rolling = build_balancer(model)
     batches = [batch(NAMES[:3], size=7, seed=1, missing=("audio", "text")), batch(NAMES[:3], size=5, seed=2)]
-    run_forward(made, batches)
-    rotation, air = expected_rotation(oracle_samples(made, batches), NAMES[:3], 2)
+    run_forward(model, batches)
+    rotation, air = expected_rotation(oracle_samples(model, batches), NAMES[:3], 2)
     log = rolling.end_epoch()
     torch.testing.assert_close(rolling.rotation, rotation, **EXACT)
     assert_log(log, air, NAMES[:3])
 
 
 def test_batches_without_one_modality():
-    made = joint_model(NAMES[:3])
-    rolling = build_balancer(made)
+    model = joint_model(NAMES[:3])
+    rolling = build_balancer(model)
     batches = [batch(NAMES[:3], seed=seed) for seed in range(3)]
     batches[1]["image"] = None
-    run_forward(made, batches)
-    rotation, air = expected_rotation(oracle_samples(made, batches), NAMES[:3], 2)
+    run_forward(model, batches)
+    rotation, air = expected_rotation(oracle_samples(model, batches), NAMES[:3], 2)
     assert_log(rolling.end_epoch(), air, NAMES[:3])
     torch.testing.assert_close(rolling.rotation, rotation, **EXACT)
 
 
 def test_epoch_without_one_of_three_modalities_balances_the_others():
-    made = joint_model(NAMES[:3])
-    rolling = build_balancer(made)
+    model = joint_model(NAMES[:3])
+    rolling = build_balancer(model)
     batches = [{**batch(NAMES[:3], seed=seed), "text": None} for seed in range(2)]
-    run_forward(made, batches)
-    rotation, air = expected_rotation(oracle_samples(made, batches), NAMES[:3], 2)
+    run_forward(model, batches)
+    rotation, air = expected_rotation(oracle_samples(model, batches), NAMES[:3], 2)
     log = rolling.end_epoch()
     torch.testing.assert_close(rolling.rotation, rotation, **EXACT)
     assert log["air/text"] != log["air/text"]
@@ -91,9 +91,9 @@ def test_epoch_without_one_of_three_modalities_balances_the_others():
 
 
 def test_epoch_with_one_modality_warns_without_rotation():
-    made = joint_model()
-    rolling = build_balancer(made)
-    run_forward(made, [{**batch(), "image": None}])
+    model = joint_model()
+    rolling = build_balancer(model)
+    run_forward(model, [{**batch(), "image": None}])
     with pytest.warns(UserWarning, match="RollingQ skipped a rotation: fewer than two modalities have statistics"):
         log = rolling.end_epoch()
     assert log["rotated"] == 0.0
@@ -101,24 +101,24 @@ def test_epoch_with_one_modality_warns_without_rotation():
 
 
 def test_zero_query_warns_without_rotation():
-    made = joint_model(heads=1)
+    model = joint_model(heads=1)
     with torch.no_grad():
-        made.fusion.attention.query.weight.zero_()
-        made.fusion.attention.query.bias.zero_()
-    rolling = build_balancer(made)
-    run_forward(made, [batch()])
+        model.fusion.attention.query.weight.zero_()
+        model.fusion.attention.query.bias.zero_()
+    rolling = build_balancer(model)
+    run_forward(model, [batch()])
     with pytest.warns(UserWarning, match="RollingQ skipped a rotation: the mean query is zero"):
         assert rolling.end_epoch()["rotated"] == 0.0
 
 
 def test_rotations_are_composed():
-    made = joint_model()
-    rolling = build_balancer(made)
+    model = joint_model()
+    rolling = build_balancer(model)
     total = torch.eye(DIM // 2, dtype=torch.float64)
     for epoch in range(4):
         batches = [batch(size=3, seed=10 * epoch + seed) for seed in range(2)]
-        run_forward(made, batches)
-        rotation, _ = expected_rotation(oracle_samples(made, batches, rolling.rotation), TWO, 2)
+        run_forward(model, batches)
+        rotation, _ = expected_rotation(oracle_samples(model, batches, rolling.rotation), TWO, 2)
         total = total @ rotation
         assert rolling.end_epoch()["rotations"] == epoch + 1
         torch.testing.assert_close(rolling.rotation, total, **EXACT)
@@ -129,11 +129,11 @@ def test_rotations_are_composed():
 @pytest.mark.parametrize("query_rows", ["first", "all"])
 @pytest.mark.parametrize("heads", ["per_head", "joint"])
 def test_layer_output_uses_rotated_queries(query_rows, heads):
-    made = joint_model(shortcut=False).eval()
-    rolling = build_balancer(made, query_rows=query_rows, heads=heads)
-    run_forward(made, [batch()])
+    model = joint_model(shortcut=False).eval()
+    rolling = build_balancer(model, query_rows=query_rows, heads=heads)
+    run_forward(model, [batch()])
     rolling.end_epoch()
-    layer, tokens = made.fusion.attention.eval(), torch.randn(2, 5, DIM, dtype=torch.float64)
+    layer, tokens = model.fusion.attention.eval(), torch.randn(2, 5, DIM, dtype=torch.float64)
     block = torch.block_diag(*rolling.rotation)
     query, turned = layer.query(tokens), layer.query(tokens) @ block
     rows = torch.cat([turned[:, :1], query[:, 1:]], dim=1) if query_rows == "first" else turned
@@ -145,9 +145,9 @@ def test_layer_output_uses_rotated_queries(query_rows, heads):
 
 @pytest.mark.parametrize("heads", [1, 2])
 def test_joint_heads_equal_one_wide_head(heads):
-    made, wide = joint_model(heads=heads), joint_model(heads=1)
-    rolling, reference = build_balancer(made, heads="joint"), build_balancer(wide)
-    for each in (made, wide):
+    model, wide = joint_model(heads=heads), joint_model(heads=1)
+    rolling, reference = build_balancer(model, heads="joint"), build_balancer(wide)
+    for each in (model, wide):
         run_forward(each, [batch()])
     assert rolling.end_epoch()["air"] == pytest.approx(reference.end_epoch()["air"])
     torch.testing.assert_close(rolling.rotation, reference.rotation, **EXACT)
@@ -155,19 +155,19 @@ def test_joint_heads_equal_one_wide_head(heads):
 
 @pytest.mark.parametrize("tail", [1, 2, 3, 16])
 def test_tail_uses_the_last_batches(tail):
-    made = joint_model()
-    rolling = build_balancer(made, tail=tail)
+    model = joint_model()
+    rolling = build_balancer(model, tail=tail)
     batches = [batch(size=size, seed=size) for size in (5, 2, 3, 7)]
-    run_forward(made, batches)
-    rotation, _ = expected_rotation(oracle_samples(made, batches[-tail:]), TWO, 2)
+    run_forward(model, batches)
+    rotation, _ = expected_rotation(oracle_samples(model, batches[-tail:]), TWO, 2)
     rolling.end_epoch()
     torch.testing.assert_close(rolling.rotation, rotation, **EXACT)
 
 
 def test_statistics_are_reset_each_epoch():
-    made = joint_model()
-    rolling = build_balancer(made)
-    run_forward(made, [batch(seed=1)])
+    model = joint_model()
+    rolling = build_balancer(model)
+    run_forward(model, [batch(seed=1)])
     rolling.end_epoch()
     kept = rolling.rotation.clone()
     assert rolling.end_epoch()["rotated"] == 0.0
@@ -177,54 +177,54 @@ def test_statistics_are_reset_each_epoch():
 @pytest.mark.parametrize("indicator", INDICATORS)
 def test_accumulated_batches_equal_one_batch(indicator):
     rotations = []
-    whole = batch(size=12, missing=("image",))
+    full = batch(size=12, missing=("image",))
     for sizes in ((12,), (5, 3, 4)):
-        made = joint_model()
-        rolling = build_balancer(made, indicator=indicator)
-        run_forward(made, split_batch(whole, *sizes))
+        model = joint_model()
+        rolling = build_balancer(model, indicator=indicator)
+        run_forward(model, split_batch(full, *sizes))
         rolling.end_epoch()
         rotations.append(rolling.rotation)
     torch.testing.assert_close(*rotations, **EXACT)
 
 
 def test_evaluation_is_not_observed():
-    made = joint_model()
-    rolling = build_balancer(made)
-    run_forward(made.eval(), [])
-    made.eval()
-    made(batch())
+    model = joint_model()
+    rolling = build_balancer(model)
+    run_forward(model.eval(), [])
+    model.eval()
+    model(batch())
     log = rolling.end_epoch()
     assert log["rotated"] == 0.0
     assert log["air"] != log["air"]
 
 
 def test_only_the_rotation_is_modified():
-    made = joint_model()
-    rolling = build_balancer(made)
-    run_forward(made, [batch()])
-    before = {name: value.clone() for name, value in made.state_dict().items()}
+    model = joint_model()
+    rolling = build_balancer(model)
+    run_forward(model, [batch()])
+    before = {name: value.clone() for name, value in model.state_dict().items()}
     rolling.end_epoch()
-    after = made.state_dict()
+    after = model.state_dict()
     changed = {name.rpartition(".")[2] for name in before if not torch.equal(before[name], after[name])}
     assert changed == {"rotation", "rotations", "epochs", "last_epoch", "air", "_extra_state"}
-    assert not any(name.startswith("rolling") or ".rolling." in name for name, _ in made.named_parameters())
+    assert not any(name.startswith("rolling") or ".rolling." in name for name, _ in model.named_parameters())
 
 
 def test_observation_does_not_change_gradients():
     plain, rolled = joint_model(), joint_model()
     build_balancer(rolled)
-    for made in (plain, rolled):
-        made.loss(made(batch()).logits, batch()["target"]).backward()
+    for result in (plain, rolled):
+        result.loss(result(batch()).logits, batch()["target"]).backward()
     for one, other in zip(plain.parameters(), rolled.parameters(), strict=True):
         assert (one.grad is None) == (other.grad is None)
         assert one.grad is None or torch.equal(one.grad, other.grad)
 
 
 def test_autocast_statistics_are_float32():
-    made, low = joint_model(dtype=torch.float32), joint_model(dtype=torch.float32)
-    exact, rolling = build_balancer(made), build_balancer(low)
+    model, low = joint_model(dtype=torch.float32), joint_model(dtype=torch.float32)
+    exact, rolling = build_balancer(model), build_balancer(low)
     inputs = batch(dtype=torch.float32, size=17)
-    run_forward(made, [inputs])
+    run_forward(model, [inputs])
     with torch.autocast("cpu", torch.bfloat16):
         run_forward(low, [inputs])
     exact.end_epoch()
@@ -235,14 +235,14 @@ def test_autocast_statistics_are_float32():
     torch.testing.assert_close(rolling.rotation @ rolling.rotation.mT, eye, **SINGLE)
     with torch.autocast("cpu", torch.bfloat16):
         logits = low(inputs).logits
-    torch.testing.assert_close(logits.float(), made(inputs).logits, **TOL[torch.bfloat16])
+    torch.testing.assert_close(logits.float(), model(inputs).logits, **TOL[torch.bfloat16])
 
 
-def rotation_epochs(rolling, made, epochs):
+def rotation_epochs(rolling, model, epochs):
     """Returns the epochs with a rotation."""
     rotated = []
     for epoch in range(1, epochs + 1):
-        run_forward(made, [batch(seed=epoch)])
+        run_forward(model, [batch(seed=epoch)])
         if rolling.end_epoch()["rotated"]:
             rotated.append(epoch)
     return rotated
@@ -262,24 +262,24 @@ def rotation_epochs(rolling, made, epochs):
     ],
 )
 def test_rotation_schedule(options, epochs):
-    made = joint_model()
-    assert rotation_epochs(build_balancer(made, **options), made, 7) == epochs
+    model = joint_model()
+    assert rotation_epochs(build_balancer(model, **options), model, 7) == epochs
 
 
 def test_due_predicts_end_epoch():
-    made = joint_model()
-    rolling = build_balancer(made, warmup_epochs=1, max_rotations=1)
-    told = []
+    model = joint_model()
+    rolling = build_balancer(model, warmup_epochs=1, max_rotations=1)
+    messages = []
     for epoch in range(4):
-        run_forward(made, [batch(seed=epoch)])
-        told.append((rolling.due(), bool(rolling.end_epoch()["rotated"])))
-    assert told == [(False, False), (True, True), (False, False), (False, False)]
+        run_forward(model, [batch(seed=epoch)])
+        messages.append((rolling.due(), bool(rolling.end_epoch()["rotated"])))
+    assert messages == [(False, False), (True, True), (False, False), (False, False)]
     assert not rolling.due()
 
 
 def test_beta_threshold_is_per_head():
-    made = joint_model(seed=3)
-    _, air = expected_rotation(oracle_samples(made, [batch()]), TWO, 2)
+    model = joint_model(seed=3)
+    _, air = expected_rotation(oracle_samples(model, [batch()]), TWO, 2)
     spreads = [abs(row["audio"]) for row in air]
     assert min(spreads) < max(spreads) - 0.05
     for beta in (min(spreads) - 0.01, min(spreads) + 0.01, max(spreads) + 0.01):
@@ -293,49 +293,49 @@ def test_beta_threshold_is_per_head():
 
 
 def test_frozen_keeps_the_rotation_and_skips_statistics():
-    made = joint_model()
-    rolling = build_balancer(made)
-    run_forward(made, [batch()])
+    model = joint_model()
+    rolling = build_balancer(model)
+    run_forward(model, [batch()])
     rolling.end_epoch()
     kept = rolling.rotation.clone()
     rolling.freeze()
-    assert rotation_epochs(rolling, made, 3) == []
+    assert rotation_epochs(rolling, model, 3) == []
     assert torch.equal(rolling.rotation, kept)
     rolling.freeze(False)
-    assert rotation_epochs(rolling, made, 1) == [1]
+    assert rotation_epochs(rolling, model, 1) == [1]
 
 
-@pytest.mark.parametrize("wanted", [0.4, 0.6])
-def test_target_share_is_reached_on_mean_keys(wanted):
-    made = joint_model(heads=1, seed=4)
-    rolling = build_balancer(made, target_share={"audio": wanted, "image": 1 - wanted})
-    run_forward(made, [batch(size=11)])
-    found = oracle_samples(made, [batch(size=11)])
+@pytest.mark.parametrize("expected", [0.4, 0.6])
+def test_target_share_is_reached_on_mean_keys(expected):
+    model = joint_model(heads=1, seed=4)
+    rolling = build_balancer(model, target_share={"audio": expected, "image": 1 - expected})
+    run_forward(model, [batch(size=11)])
+    result = oracle_samples(model, [batch(size=11)])
     assert rolling.end_epoch()["rotated"] == 1.0
-    query, keys, _, tokens = means(found, TWO, 0)
+    query, keys, _, tokens = means(result, TWO, 0)
     turned = (torch.from_numpy(query) @ rolling.rotation[0]).numpy()
-    assert shares(turned, keys, tokens)["audio"] == pytest.approx(wanted, abs=1e-8)
+    assert shares(turned, keys, tokens)["audio"] == pytest.approx(expected, abs=1e-8)
 
 
 def test_svd_reaches_the_same_anchor():
     pair = []
     for method in ("minimal", "svd"):
-        made = joint_model(heads=1)
-        rolling = build_balancer(made, rotation=method)
-        run_forward(made, [batch()])
-        query = torch.from_numpy(means(oracle_samples(made, [batch()]), TWO, 0)[0])
+        model = joint_model(heads=1)
+        rolling = build_balancer(model, rotation=method)
+        run_forward(model, [batch()])
+        query = torch.from_numpy(means(oracle_samples(model, [batch()]), TWO, 0)[0])
         rolling.end_epoch()
         pair.append((query @ rolling.rotation[0], rolling.rotation[0]))
     torch.testing.assert_close(pair[0][0], pair[1][0], **EXACT)
     assert float((pair[0][1] - pair[1][1]).norm()) > 1.0
 
 
-def snapshot(made):
-    return [module.training for module in made.modules()], torch.get_rng_state(), [p.grad for p in made.parameters()]
+def snapshot(model):
+    return [module.training for module in model.modules()], torch.get_rng_state(), [p.grad for p in model.parameters()]
 
 
-def assert_unchanged(made, before):
-    modes, state, grads = snapshot(made)
+def assert_unchanged(model, before):
+    modes, state, grads = snapshot(model)
     assert modes == before[0]
     assert torch.equal(state, before[1])
     assert all(a is b for a, b in zip(grads, before[2], strict=True))
@@ -349,30 +349,30 @@ class Noisy(nn.Linear):
 
 
 def build_full_pass(statistics="full_pass"):
-    made = joint_model(dropout=0.3)
-    made.encoders["audio"].__class__ = Noisy
-    made.encoders["image"].eval()
-    made.loss(made(batch()).logits, batch()["target"]).backward()
-    return made, build_balancer(made, statistics=statistics, tail=1)
+    model = joint_model(dropout=0.3)
+    model.encoders["audio"].__class__ = Noisy
+    model.encoders["image"].eval()
+    model.loss(model(batch()).logits, batch()["target"]).backward()
+    return model, build_balancer(model, statistics=statistics, tail=1)
 
 
 def test_full_pass_runs_in_eval_mode_and_restores_state():
-    made, rolling = build_full_pass()
-    before = snapshot(made)
+    model, rolling = build_full_pass()
+    before = snapshot(model)
     batches = [batch(size=size, seed=size) for size in (5, 3, 2)]
-    rolling.measure(made, batches)
-    assert_unchanged(made, before)
-    rotation, _ = expected_rotation(oracle_samples(made, batches), TWO, 2)
+    rolling.measure(model, batches)
+    assert_unchanged(model, before)
+    rotation, _ = expected_rotation(oracle_samples(model, batches), TWO, 2)
     rolling.end_epoch()
     torch.testing.assert_close(rolling.rotation, rotation, **EXACT)
 
 
 def test_full_pass_batch_limit():
-    made, rolling = build_full_pass("tail")
+    model, rolling = build_full_pass("tail")
     batches = [batch(size=size, seed=size) for size in (5, 3, 2)]
-    run_forward(made, [batch(seed=99)])
-    rolling.measure(made, iter(batches), max_batches=2)
-    rotation, _ = expected_rotation(oracle_samples(made, batches[:2]), TWO, 2)
+    run_forward(model, [batch(seed=99)])
+    rolling.measure(model, iter(batches), max_batches=2)
+    rotation, _ = expected_rotation(oracle_samples(model, batches[:2]), TWO, 2)
     rolling.end_epoch()
     torch.testing.assert_close(rolling.rotation, rotation, **EXACT)
 
@@ -383,38 +383,38 @@ def failing_batches():
 
 
 def test_failing_full_pass_restores_state():
-    made, rolling = build_full_pass("tail")
-    run_forward(made, [batch()])
-    before, sums = snapshot(made), rolling.get_extra_state()
+    model, rolling = build_full_pass("tail")
+    run_forward(model, [batch()])
+    before, sums = snapshot(model), rolling.get_extra_state()
     with pytest.raises(KeyError, match="broken"):
-        rolling.measure(made, failing_batches())
-    assert_unchanged(made, before)
+        rolling.measure(model, failing_batches())
+    assert_unchanged(model, before)
     assert torch.equal(rolling.get_extra_state(), sums)
 
 
 def test_training_is_not_observed_with_full_pass():
-    made, rolling = build_full_pass()
-    run_forward(made, [batch()])
+    model, rolling = build_full_pass()
+    run_forward(model, [batch()])
     assert rolling.end_epoch()["rotated"] == 0.0
 
 
 def test_compiled_model_is_observed_without_recompilation():
-    made = joint_model()
-    rolling = build_balancer(made, tail=2)
+    model = joint_model()
+    rolling = build_balancer(model, tail=2)
     compiles = []
 
     def backend(graph, _):
         compiles.append(graph)
         return graph.forward
 
-    compiled = torch.compile(made, backend=backend)
+    compiled = torch.compile(model, backend=backend)
     batches = [batch(seed=seed) for seed in range(5)]
     with torch.no_grad():
         run_forward(compiled, batches[:2])
         first = len(compiles)
         run_forward(compiled, batches[2:])
     assert len(compiles) == first > 0
-    rotation, _ = expected_rotation(oracle_samples(made, batches[-2:]), TWO, 2)
+    rotation, _ = expected_rotation(oracle_samples(model, batches[-2:]), TWO, 2)
     rolling.end_epoch()
     torch.testing.assert_close(rolling.rotation, rotation, **EXACT)
 
@@ -443,11 +443,11 @@ def test_compiled_model_is_observed_without_recompilation():
     ],
 )
 def test_options_out_of_range_raise(options, message):
-    made = joint_model()
+    model = joint_model()
     with pytest.raises(ConfigError, match=message):
-        build_balancer(made, **options)
-    assert not hasattr(made.fusion.attention.core, "rolling")
-    build_balancer(made)
+        build_balancer(model, **options)
+    assert not hasattr(model.fusion.attention.core, "rolling")
+    build_balancer(model)
 
 
 def test_width_one_raises():
@@ -469,9 +469,9 @@ def test_non_finite_samples_are_excluded(bad, options):
     harmed["audio"][5, 0, 0] = harmed["image"][6, 1, 2] = bad
     rollings = []
     for inputs in (good, harmed):
-        made = joint_model()
-        rollings.append(build_balancer(made, **options))
-        run_forward(made, [batch(seed=1), inputs])
+        model = joint_model()
+        rollings.append(build_balancer(model, **options))
+        run_forward(model, [batch(seed=1), inputs])
     one, other = (rolling.end_epoch() for rolling in rollings)
     assert one == pytest.approx(other, abs=1e-12)
     assert one["rotated"] == 1.0
@@ -481,11 +481,11 @@ def test_non_finite_samples_are_excluded(bad, options):
 @pytest.mark.parametrize("statistics", ["tail", "full_pass"])
 @pytest.mark.parametrize("options", [{}, {"target_share": {"audio": 0.4, "image": 0.6}}, {"rotation": "svd"}])
 def test_epoch_of_non_finite_batches_rotates_nothing(statistics, options):
-    made = joint_model(heads=1)
-    rolling = build_balancer(made, statistics=statistics, **options)
+    model = joint_model(heads=1)
+    rolling = build_balancer(model, statistics=statistics, **options)
     inputs = batch()
     inputs["audio"][:] = float("nan")
-    rolling.measure(made, [inputs]) if statistics == "full_pass" else run_forward(made, [inputs])
+    rolling.measure(model, [inputs]) if statistics == "full_pass" else run_forward(model, [inputs])
     before = {name: value.clone() for name, value in rolling.named_buffers()}
     log = rolling.end_epoch()
     assert (log["rotated"], log["rotations"]) == (0.0, 0.0)
@@ -495,8 +495,8 @@ def test_epoch_of_non_finite_batches_rotates_nothing(statistics, options):
 
 
 def test_checkpoint_with_non_finite_sums_is_reset():
-    made = joint_model()
-    rolling = build_balancer(made)
-    run_forward(made, [batch()])
+    model = joint_model()
+    rolling = build_balancer(model)
+    run_forward(model, [batch()])
     rolling.set_extra_state(torch.full_like(rolling.get_extra_state(), torch.nan))
     assert not rolling.get_extra_state().any()

@@ -18,8 +18,8 @@ class Staged:
     depth = 2
 
     @staticmethod
-    def attach(made, **options):
-        balancer = eq.balance.ProgressiveRollingQ(made.fusion, epochs=2, **options)
+    def attach(model, **options):
+        balancer = eq.balance.ProgressiveRollingQ(model.fusion, epochs=2, **options)
         return balancer, balancer.stages[0]
 
 
@@ -27,40 +27,42 @@ class Single:
     depth = 1
 
     @staticmethod
-    def attach(made, **options):
-        balancer = eq.balance.RollingQ(made.fusion.attention, **options)
+    def attach(model, **options):
+        balancer = eq.balance.RollingQ(model.fusion.attention, **options)
         return balancer, balancer
 
 
 def run_epoch(kind, *, alone=False, steps=4, call=None, bad=(), validate=False, accumulate=1, **options):
     """State and log after an epoch of training steps; every step has a batch of its own."""
-    made = joint_model(depth=kind.depth)
-    balancer, rolling = kind.attach(made, beta=0.0, **{"tail": 3, **options})
-    balancing = None if alone else eq.BalancerList(made, [balancer])
-    optimizer = torch.optim.SGD(made.parameters(), lr=0.1)
-    call = call or (lambda made, inputs: made(inputs))
+    model = joint_model(depth=kind.depth)
+    balancer, rolling = kind.attach(model, beta=0.0, **{"tail": 3, **options})
+    balancing = None if alone else eq.BalancerList(model, [balancer])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    call = call or (lambda model, inputs: model(inputs))
     for step in range(steps):
-        made.train()
+        model.train()
         optimizer.zero_grad()
         for part in range(accumulate):
             inputs = batch(seed=10 * step + part, size=3 + part)
             if step in bad:
                 inputs["audio"][0] = float("nan")
-            output = call(made, inputs)
-            loss = balancing.loss(output, inputs["target"]) if balancing else made.loss(output.logits, inputs["target"])
+            output = call(model, inputs)
+            loss = (
+                balancing.loss(output, inputs["target"]) if balancing else model.loss(output.logits, inputs["target"])
+            )
             (loss / accumulate).backward()
         if balancing:
             balancing.before_step()
-        if all(p.grad is None or bool(p.grad.isfinite().all()) for p in made.parameters()):
+        if all(p.grad is None or bool(p.grad.isfinite().all()) for p in model.parameters()):
             optimizer.step()
         if validate:
             with torch.no_grad():
-                made.loss(made(batch(seed=99)).logits, batch(seed=99)["target"])
+                model.loss(model(batch(seed=99)).logits, batch(seed=99)["target"])
                 if balancing:
-                    balancing.loss(made(batch(seed=99)), batch(seed=99)["target"])
-            made.eval()(batch(seed=98))
+                    balancing.loss(model(batch(seed=99)), batch(seed=99)["target"])
+            model.eval()(batch(seed=98))
     if options.get("statistics") == "full_pass":
-        rolling.measure(made, [batch(seed=7), batch(seed=8)])
+        rolling.measure(model, [batch(seed=7), batch(seed=8)])
     sums = rolling.get_extra_state()
     log = balancer.end_epoch()
     assert log["rotated"] == 1.0
@@ -77,8 +79,8 @@ def assert_same_state(one, other):
 @pytest.mark.parametrize("alone", [True, False])
 @pytest.mark.parametrize("options", [{}, {"tail": None}, {"statistics": "full_pass"}])
 def test_activation_checkpointing_counts_a_batch_once(kind, alone, options):
-    def checkpointed(made, inputs):
-        return checkpoint(made, inputs, use_reentrant=False)
+    def checkpointed(model, inputs):
+        return checkpoint(model, inputs, use_reentrant=False)
 
     assert_same_state(
         run_epoch(kind, alone=alone, **options), run_epoch(kind, alone=alone, call=checkpointed, **options)
@@ -89,8 +91,8 @@ def test_activation_checkpointing_counts_a_batch_once(kind, alone, options):
 @pytest.mark.parametrize("alone", [True, False])
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpointed_layer_is_counted_once(kind, alone, reentrant):
-    def partly(made, inputs):
-        layer = made.fusion.layers[0]
+    def partly(model, inputs):
+        layer = model.fusion.layers[0]
         inner = layer.forward
 
         def attend(tokens, source, **options):
@@ -99,7 +101,7 @@ def test_checkpointed_layer_is_counted_once(kind, alone, reentrant):
 
         layer.forward = lambda tokens, source=None, **options: attend(tokens, source, **options)
         try:
-            return made(inputs)
+            return model(inputs)
         finally:
             layer.forward = inner
 
@@ -123,8 +125,8 @@ def test_statistics_are_equal_with_and_without_balancer_list(kind, accumulate):
 
 
 def test_batch_with_unused_loss_is_not_recorded():
-    def looks_twice(made, inputs):
-        made(batch(seed=55))
-        return made(inputs)
+    def looks_twice(model, inputs):
+        model(batch(seed=55))
+        return model(inputs)
 
     assert_same_state(run_epoch(Single), run_epoch(Single, call=looks_twice))

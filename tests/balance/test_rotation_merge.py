@@ -15,9 +15,9 @@ EXACT = TOL[torch.float64]
 HALF_ULPS = {torch.float64: {"rtol": 0, "atol": 1e-12}, torch.float32: {"rtol": 0, "atol": 1e-6}}
 
 
-def build_rotated(made, **options):
-    rolling = eq.balance.RollingQ(made.fusion.attention, **{"beta": 0.0, **options})
-    run_forward(made, [batch(dtype=made.head.weight.dtype)])
+def build_rotated(model, **options):
+    rolling = eq.balance.RollingQ(model.fusion.attention, **{"beta": 0.0, **options})
+    run_forward(model, [batch(dtype=model.head.weight.dtype)])
     assert rolling.end_epoch()["rotated"] == 1.0
     return rolling
 
@@ -26,47 +26,47 @@ def build_rotated(made, **options):
 @pytest.mark.parametrize("heads", ["per_head", "joint"])
 @pytest.mark.parametrize(("number", "depth"), [(1, 1), (3, 1), (2, 3)])
 def test_merged_layer_equals_rotated_layer(dtype, heads, number, depth):
-    made = joint_model(heads=number, depth=depth, dtype=dtype)
-    plain = made.eval()(batch(dtype=dtype)).logits
-    build_rotated(made, heads=heads)
-    made.eval()
-    unfolded = made(batch(dtype=dtype)).logits
+    model = joint_model(heads=number, depth=depth, dtype=dtype)
+    plain = model.eval()(batch(dtype=dtype)).logits
+    build_rotated(model, heads=heads)
+    model.eval()
+    unfolded = model(batch(dtype=dtype)).logits
     assert float((unfolded - plain).detach().abs().max()) > 1e-3
-    assert eq.merge_rotations(made) is made
-    torch.testing.assert_close(made(batch(dtype=dtype)).logits, unfolded, **HALF_ULPS[dtype])
+    assert eq.merge_rotations(model) is model
+    torch.testing.assert_close(model(batch(dtype=dtype)).logits, unfolded, **HALF_ULPS[dtype])
 
 
 def test_merge_restores_the_original_layer_type():
-    made, plain = joint_model(), joint_model()
-    nn.init.normal_(made.fusion.attention.query.bias)
-    before = {name: value.clone() for name, value in made.state_dict().items()}
-    build_rotated(made)
-    eq.merge_rotations(made)
-    assert list(made.state_dict()) == list(plain.state_dict())
-    assert sum(p.numel() for p in made.parameters()) == sum(p.numel() for p in plain.parameters())
-    assert not any(module._forward_pre_hooks or module._forward_hooks for module in made.modules())
-    plain.load_state_dict(made.state_dict())
-    assert torch.equal(plain.eval()(batch()).logits, made.eval()(batch()).logits)
-    changed = {name for name, value in before.items() if not torch.equal(value, made.state_dict()[name])}
+    model, plain = joint_model(), joint_model()
+    nn.init.normal_(model.fusion.attention.query.bias)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    build_rotated(model)
+    eq.merge_rotations(model)
+    assert list(model.state_dict()) == list(plain.state_dict())
+    assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in plain.parameters())
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+    plain.load_state_dict(model.state_dict())
+    assert torch.equal(plain.eval()(batch()).logits, model.eval()(batch()).logits)
+    changed = {name for name, value in before.items() if not torch.equal(value, model.state_dict()[name])}
     assert changed == {"fusion.attention.query.weight", "fusion.attention.query.bias"}
 
 
 def test_merge_without_rotation_keeps_weights():
-    made, plain = joint_model(), joint_model()
-    eq.balance.RollingQ(made.fusion.attention)
-    eq.merge_rotations(made)
+    model, plain = joint_model(), joint_model()
+    eq.balance.RollingQ(model.fusion.attention)
+    eq.merge_rotations(model)
     for name, value in plain.state_dict().items():
-        assert torch.equal(made.state_dict()[name], value)
+        assert torch.equal(model.state_dict()[name], value)
 
 
 def test_merged_layer_can_be_balanced_again():
-    made = joint_model()
-    build_rotated(made)
-    eq.merge_rotations(made)
-    again = build_rotated(made)
-    unfolded = made.eval()(batch()).logits
+    model = joint_model()
+    build_rotated(model)
+    eq.merge_rotations(model)
+    again = build_rotated(model)
+    unfolded = model.eval()(batch()).logits
     assert int(again.rotations) == 1
-    torch.testing.assert_close(eq.merge_rotations(made)(batch()).logits, unfolded, **EXACT)
+    torch.testing.assert_close(eq.merge_rotations(model)(batch()).logits, unfolded, **EXACT)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -107,16 +107,16 @@ def test_merge_of_partially_rotated_rows_raises():
 
 
 def test_merge_is_atomic():
-    made = joint_model(depth=3)
-    last = build_rotated(made, query_rows="first")
-    for layer, query_rows in zip(made.fusion.layers, ("all", "first"), strict=False):
+    model = joint_model(depth=3)
+    last = build_rotated(model, query_rows="first")
+    for layer, query_rows in zip(model.fusion.layers, ("all", "first"), strict=False):
         rolling = eq.balance.RollingQ(layer, query_rows=query_rows)
         rolling.load_state_dict(last.state_dict())
-    before = {name: value.clone() for name, value in made.state_dict().items()}
+    before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(ConfigError, match="fold: expected a rotation of all query rows"):
-        eq.merge_rotations(made)
-    assert list(made.state_dict()) == list(before)
-    torch.testing.assert_close(dict(made.state_dict()), before, rtol=0, atol=0, equal_nan=True)
+        eq.merge_rotations(model)
+    assert list(model.state_dict()) == list(before)
+    torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0, equal_nan=True)
 
 
 class WithoutFloat64(TorchFunctionMode):
@@ -136,14 +136,14 @@ class WithoutFloat64(TorchFunctionMode):
 
 
 def test_rotate_and_merge_without_float64_support():
-    made = joint_model(dtype=torch.float32)
-    rolling = eq.balance.RollingQ(made.fusion.attention, beta=0.0)
-    layer = made.fusion.attention.query
+    model = joint_model(dtype=torch.float32)
+    rolling = eq.balance.RollingQ(model.fusion.attention, beta=0.0)
+    layer = model.fusion.attention.query
     with WithoutFloat64([rolling.rotation, rolling.air, layer.weight, layer.bias]):
         with pytest.raises(TypeError, match="no float64"):
             layer.weight[0].double()
-        run_forward(made, [batch(dtype=torch.float32)])
+        run_forward(model, [batch(dtype=torch.float32)])
         assert rolling.end_epoch()["rotated"] == 1.0
-        unfolded = made.eval()(batch(dtype=torch.float32)).logits
-        eq.merge_rotations(made)
-    torch.testing.assert_close(made(batch(dtype=torch.float32)).logits, unfolded, **HALF_ULPS[torch.float32])
+        unfolded = model.eval()(batch(dtype=torch.float32)).logits
+        eq.merge_rotations(model)
+    torch.testing.assert_close(model(batch(dtype=torch.float32)).logits, unfolded, **HALF_ULPS[torch.float32])

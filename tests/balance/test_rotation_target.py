@@ -39,11 +39,11 @@ def test_foreign_module_rotation_against_loops(keyheads, masked):
     rolling.layout(modality, valid if masked else None)
     width = DIM // 4
     query, key = split_heads(reader.q_proj, tokens, width), split_heads(reader.k_proj, tokens, width)
-    found = [(query[i], key[i], modality.numpy(), valid[i].numpy(), valid[i].numpy()) for i in range(5)]
+    result = [(query[i], key[i], modality.numpy(), valid[i].numpy(), valid[i].numpy()) for i in range(5)]
     reader(tokens, mask=valid)
     assert rolling.end_epoch()["rotated"] == 1.0
     for head in range(4):
-        mean, keys, values, _ = means(found, NAMES, head)
+        mean, keys, values, _ = means(result, NAMES, head)
         rotation = torch.from_numpy(step(mean, keys, values, 1.0)[3])
         torch.testing.assert_close(rolling.rotation[head], rotation, **EXACT)
     turned = split_heads(reader.q_proj, tokens, width)
@@ -60,10 +60,10 @@ def test_interleaved_per_sample_labels():
     rolling.layout(modality)
     query, key = split_heads(reader.q_proj, tokens, DIM), split_heads(reader.k_proj, tokens, DIM)
     every = torch.ones(7, dtype=torch.bool).numpy()
-    found = [(query[i], key[i], modality[i].numpy(), every, every) for i in range(3)]
+    result = [(query[i], key[i], modality[i].numpy(), every, every) for i in range(3)]
     reader(tokens)
     rolling.end_epoch()
-    mean, keys, values, _ = means(found, NAMES, 0)
+    mean, keys, values, _ = means(result, NAMES, 0)
     torch.testing.assert_close(rolling.rotation[0], torch.from_numpy(step(mean, keys, values, 1.0)[3]), **EXACT)
 
 
@@ -102,14 +102,14 @@ def test_foreign_module_copy_and_state_include_rotation():
 
 
 def test_detach_removes_hooks_and_buffers():
-    made, plain = joint_model(), joint_model()
-    rolling = eq.balance.RollingQ(made.fusion.attention, beta=0.0)
-    run_forward(made, [batch()])
+    model, plain = joint_model(), joint_model()
+    rolling = eq.balance.RollingQ(model.fusion.attention, beta=0.0)
+    run_forward(model, [batch()])
     rolling.end_epoch()
     rolling.detach()
-    assert not any(module._forward_pre_hooks or module._forward_hooks for module in made.modules())
-    assert list(made.state_dict()) == list(plain.state_dict())
-    assert torch.equal(made.eval()(batch()).logits, plain.eval()(batch()).logits)
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+    assert list(model.state_dict()) == list(plain.state_dict())
+    assert torch.equal(model.eval()(batch()).logits, plain.eval()(batch()).logits)
     rolling.detach()
 
 
@@ -122,12 +122,12 @@ def test_names_are_accepted_for_equipoise_layers():
 
 @pytest.mark.parametrize("names", [("left", "right"), ("image", "audio"), ("audio", "image", "text")])
 def test_names_that_contradict_the_layer_raise(names):
-    made = joint_model()
+    model = joint_model()
     with pytest.raises(
         ConfigError, match=r"the names of the layer, \('audio', 'image'\), in the same order.* got names = "
     ):
-        eq.balance.RollingQ(made.fusion.attention, names=names)
-    assert eq.balance.RollingQ(made.fusion.attention, names=("audio", "image")).names == ("audio", "image")
+        eq.balance.RollingQ(model.fusion.attention, names=names)
+    assert eq.balance.RollingQ(model.fusion.attention, names=("audio", "image")).names == ("audio", "image")
 
 
 class Rotary(GroupedAttention):
@@ -188,12 +188,12 @@ def test_unsupported_layers_raise(build, options, message):
 
 
 def test_second_balancer_raises():
-    made = joint_model()
-    eq.balance.RollingQ(made.fusion.attention)
+    model = joint_model()
+    eq.balance.RollingQ(model.fusion.attention)
     with pytest.raises(
         ConfigError, match=r"a layer without a RollingQ, got a layer that already has one\. Call fold or detach"
     ):
-        eq.balance.RollingQ(made.fusion.attention)
+        eq.balance.RollingQ(model.fusion.attention)
 
 
 def test_missing_or_wrong_labels():

@@ -22,22 +22,22 @@ EXACT = TOL[torch.float64]
 
 
 def build(names=("audio", "image"), *, seed=0, dtype=torch.float64, strength=10.0, **options):
-    made = attention_model(names, seed=seed, dtype=dtype, unimodal="none", **options)
-    balancer = eq.balance.UMT(made, teachers=build_teachers(names, dtype=dtype), strength=strength)
-    return made, balancer, eq.BalancerList(made, [balancer])
+    model = attention_model(names, seed=seed, dtype=dtype, unimodal="none", **options)
+    balancer = eq.balance.UMT(model, teachers=build_teachers(names, dtype=dtype), strength=strength)
+    return model, balancer, eq.BalancerList(model, [balancer])
 
 
-def expected_distances(made, balancer, inputs):
+def expected_distances(model, balancer, inputs):
     """name -> mean squared difference, by a loop over samples that have the modality."""
-    found = {}
-    for name in made.names:
+    result = {}
+    for name in model.names:
         here = inputs.get("mask", {}).get(name, torch.ones(len(inputs["target"]), dtype=torch.bool)).tolist()
         with torch.no_grad():
             features = [
-                part(inputs[name]).mean(dim=1).tolist() for part in (made.encoders[name], balancer.teachers[name])
+                part(inputs[name]).mean(dim=1).tolist() for part in (model.encoders[name], balancer.teachers[name])
             ]
-        found[name] = slow(*([row for row, yes in zip(rows, here, strict=True) if yes] for rows in features))
-    return found
+        result[name] = slow(*([row for row, yes in zip(rows, here, strict=True) if yes] for rows in features))
+    return result
 
 
 def test_hand_computed_distance():
@@ -52,41 +52,41 @@ def test_hand_computed_distance():
 @pytest.mark.parametrize("missing", [(), ("audio", "image")])
 def test_loss_equals_the_oracle(number, missing):
     names = NAMES[:number]
-    made, balancer, balancing = build(names)
+    model, balancer, balancing = build(names)
     inputs = batch(names, size=7, missing=missing)
-    output = made.train()(inputs)
-    expected = made.loss(output.logits, inputs["target"]) + 10 * sum(
-        expected_distances(made, balancer, inputs).values()
+    output = model.train()(inputs)
+    expected = model.loss(output.logits, inputs["target"]) + 10 * sum(
+        expected_distances(model, balancer, inputs).values()
     )
     torch.testing.assert_close(balancing.loss(output, inputs["target"]), expected, **EXACT)
 
 
 def test_distance_trains_students_only():
-    made, balancer, balancing = build()
-    plain = step(made, eq.BalancerList(made), batch())
+    model, balancer, balancing = build()
+    plain = step(model, eq.BalancerList(model), batch())
     before = copy.deepcopy(balancer.state_dict())
-    found = step(made, balancing, batch())
-    changed = {name for name in found if not torch.equal(found[name], plain[name])}
-    assert changed == {name for name in found if name.startswith("encoders")}
+    result = step(model, balancing, batch())
+    changed = {name for name in result if not torch.equal(result[name], plain[name])}
+    assert changed == {name for name in result if name.startswith("encoders")}
     assert all(parameter.grad is None for parameter in balancer.parameters())
     assert all(torch.equal(value, before[name]) for name, value in balancer.state_dict().items())
 
 
 def test_training_brings_students_closer():
-    made, balancer, balancing = build()
-    optimizer, inputs = torch.optim.SGD(made.parameters(), lr=0.05), batch()
-    before = expected_distances(made, balancer, inputs)
+    model, balancer, balancing = build()
+    optimizer, inputs = torch.optim.SGD(model.parameters(), lr=0.05), batch()
+    before = expected_distances(model, balancer, inputs)
     for _ in range(5):
-        step(made, balancing, inputs)
+        step(model, balancing, inputs)
         optimizer.step()
-    after = expected_distances(made, balancer, inputs)
+    after = expected_distances(model, balancer, inputs)
     assert all(after[name] < 0.9 * before[name] for name in before)
 
 
 def test_teachers_are_copies_in_evaluation_mode():
     given = build_teachers()
-    made = attention_model()
-    balancer = eq.balance.UMT(made, teachers=given)
+    model = attention_model()
+    balancer = eq.balance.UMT(model, teachers=given)
     nn.ModuleList([balancer]).train()
     assert not any(part.training for part in balancer.modules())
     assert given["audio"].training
@@ -95,68 +95,68 @@ def test_teachers_are_copies_in_evaluation_mode():
 
 
 def test_evaluation_runs_no_teacher():
-    made, balancer, _ = build()
+    model, balancer, _ = build()
     asked = []
     for teacher in balancer.teachers.values():
         teacher.register_forward_hook(lambda *_: asked.append(1))
-    made.eval()(batch())
+    model.eval()(batch())
     with torch.no_grad():
-        made.train()(batch())
+        model.train()(batch())
     assert not asked
-    output = made(batch())
+    output = model(batch())
     balancer.penalty(output, batch()["target"])
     assert len(asked) == 2
 
 
 def test_detach_removes_hooks():
-    made, balancer, _ = build()
-    assert all(encoder._forward_hooks for encoder in made.encoders.values())
+    model, balancer, _ = build()
+    assert all(encoder._forward_hooks for encoder in model.encoders.values())
     balancer.detach()
-    assert not any(part._forward_hooks for part in made.modules())
+    assert not any(part._forward_hooks for part in model.modules())
 
 
 @pytest.mark.parametrize("twin", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
 def test_copies_have_separate_teachers(twin):
-    made, balancer, _ = build()
+    model, balancer, _ = build()
     inputs = batch()
-    made.train()(inputs)
-    other, copied = twin((made, balancer))
-    expected = balancer.penalty(made(inputs), inputs["target"])
+    model.train()(inputs)
+    other, copied = twin((model, balancer))
+    expected = balancer.penalty(model(inputs), inputs["target"])
     balancer.teachers["audio"][0].weight.data.zero_()
     torch.testing.assert_close(copied.penalty(other(inputs), inputs["target"]), expected, **EXACT)
 
 
 def test_accumulated_batches_equal_one_large_batch():
-    whole = batch(size=12)
-    made, _, balancing = build()
-    large, small = step(made, balancing, whole), step(made, balancing, *split_batch(whole, 5, 3, 4))
+    full = batch(size=12)
+    model, _, balancing = build()
+    large, small = step(model, balancing, full), step(model, balancing, *split_batch(full, 5, 3, 4))
     for name, gradient in large.items():
         torch.testing.assert_close(small[name], gradient, **EXACT)
 
 
 def test_missing_modality_and_forward_pass_without_loss():
-    made, _, balancing = build(NAMES[:3])
+    model, _, balancing = build(NAMES[:3])
     inputs = {**batch(NAMES[:3], seed=1), "text": None}
     # Its features of text must not be taken for those of the next batch.
-    made.train()(batch(NAMES[:3], size=7))
-    found = step(made, balancing, inputs)
-    assert "encoders.text.weight" not in found
-    assert all(bool(gradient.isfinite().all()) for gradient in found.values())
+    model.train()(batch(NAMES[:3], size=7))
+    result = step(model, balancing, inputs)
+    assert "encoders.text.weight" not in result
+    assert all(bool(gradient.isfinite().all()) for gradient in result.values())
 
 
 def test_autocast():
-    made, balancer, _ = build(dtype=torch.float32)
+    model, balancer, _ = build(dtype=torch.float32)
     inputs = batch(dtype=torch.float32)
-    exact = balancer.penalty(made(inputs), inputs["target"])
+    exact = balancer.penalty(model(inputs), inputs["target"])
     with torch.autocast("cpu", torch.bfloat16):
-        loss = balancer.penalty(made(inputs), inputs["target"])
+        loss = balancer.penalty(model(inputs), inputs["target"])
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, exact, **TOL[torch.bfloat16])
 
 
 def test_teachers_are_saved():
-    made, balancer, _ = build()
-    other = eq.balance.UMT(made, teachers=build_teachers())
+    model, balancer, _ = build()
+    other = eq.balance.UMT(model, teachers=build_teachers())
     other.teachers["audio"][0].weight.data.zero_()
     other.load_state_dict(balancer.state_dict())
     assert torch.equal(other.teachers["audio"][0].weight, balancer.teachers["audio"][0].weight)
@@ -169,16 +169,16 @@ def test_errors():
         eq.balance.UMT(attention_model(), strength=-1)
     with pytest.raises(ConfigError, match=r"UMT: expected .* teachers for audio, image, got .* teachers for text"):
         eq.balance.UMT(attention_model(), teachers=build_teachers(("text",)))
-    made = attention_model()
-    balancer = eq.balance.UMT(made, teachers=build_teachers(("audio",)))
+    model = attention_model()
+    balancer = eq.balance.UMT(model, teachers=build_teachers(("audio",)))
     with pytest.raises(ConfigError, match="UMT: expected a teacher for 'image', got teachers for audio"):
-        balancer.penalty(made(batch()), batch()["target"])
-    made = attention_model()
-    balancing = eq.BalancerList(made, [eq.balance.UMT(made, teachers=build_teachers(dim=7))])
+        balancer.penalty(model(batch()), batch()["target"])
+    model = attention_model()
+    balancing = eq.BalancerList(model, [eq.balance.UMT(model, teachers=build_teachers(dim=7))])
     with pytest.raises(
         ShapeError, match=r"UMT 'audio': expected a teacher of the student's width dim = 12, got width 7"
     ):
-        balancing.loss(made(batch()), batch()["target"])
+        balancing.loss(model(batch()), batch()["target"])
 
 
 def test_run_trains_teachers_first(tmp_path):

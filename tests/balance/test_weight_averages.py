@@ -21,41 +21,41 @@ ROTATION = "fusion.attention.core.rolling.rotation"
 
 
 def build(seed=0, *, query_rows="all", **options):
-    made = joint_model(seed=seed, **options)
-    return made, eq.balance.RollingQ(
-        made.fusion.attention, beta=0.0, max_rotations=None, rho=5.0, query_rows=query_rows
+    model = joint_model(seed=seed, **options)
+    return model, eq.balance.RollingQ(
+        model.fusion.attention, beta=0.0, max_rotations=None, rho=5.0, query_rows=query_rows
     )
 
 
 def build_rotated(seed=0, epochs=1, **options):
-    made, rolling = build(seed, **options)
+    model, rolling = build(seed, **options)
     for epoch in range(epochs):
-        run_forward(made, [batch(seed=epoch, dtype=made.head.weight.dtype)])
+        run_forward(model, [batch(seed=epoch, dtype=model.head.weight.dtype)])
         assert rolling.end_epoch()["rotated"] == 1.0
-    return made.eval()
+    return model.eval()
 
 
-def eval_logits(made):
+def eval_logits(model):
     with torch.no_grad():
-        return made.eval()(batch(seed=9, dtype=torch.float64)).logits
+        return model.eval()(batch(seed=9, dtype=torch.float64)).logits
 
 
 def load_model(state):
     """A new model with the given state dict."""
-    made, _ = build(seed=5)
-    made.load_state_dict(state)
-    return made
+    model, _ = build(seed=5)
+    model.load_state_dict(state)
+    return model
 
 
-def expected_logits(made):
+def expected_logits(model):
     """Logits computed without RollingQ, from weights into which the rotation of the buffer's SVD is multiplied."""
-    u, _, vt = torch.linalg.svd(made.state_dict()[ROTATION])
+    u, _, vt = torch.linalg.svd(model.state_dict()[ROTATION])
     plain = joint_model(seed=5)
-    plain.load_state_dict({name: value for name, value in made.state_dict().items() if "rolling" not in name})
+    plain.load_state_dict({name: value for name, value in model.state_dict().items() if "rolling" not in name})
     with torch.no_grad():
         block = torch.block_diag(*(u @ vt))
-        plain.fusion.attention.query.weight.copy_(block.T @ made.fusion.attention.query.weight)
-        plain.fusion.attention.query.bias.copy_(made.fusion.attention.query.bias @ block)
+        plain.fusion.attention.query.weight.copy_(block.T @ model.fusion.attention.query.weight)
+        plain.fusion.attention.query.bias.copy_(model.fusion.attention.query.bias @ block)
     return eval_logits(plain)
 
 
@@ -65,7 +65,7 @@ def copy_values(target, source):
 
 
 def copy_data(target, source):
-    ours, theirs = (itertools.chain(made.parameters(), made.buffers()) for made in (target, source))
+    ours, theirs = (itertools.chain(result.parameters(), result.buffers()) for result in (target, source))
     for old, new in zip(ours, theirs, strict=True):
         old.data.copy_(new.data)
 
@@ -122,13 +122,13 @@ def test_merging_right_after_a_copy_keeps_the_rotation():
 
 
 def test_state_dict_of_other_layers_keeps_the_rotation():
-    made = build_rotated()
-    before = made.state_dict()[ROTATION].clone()
-    encoders = {name: value for name, value in made.state_dict().items() if name.startswith("encoders.")}
-    made.load_state_dict(encoders, strict=False)
-    assert torch.equal(made.state_dict()[ROTATION], before)
-    made.load_state_dict(joint_model(seed=2).state_dict(), strict=False)
-    assert torch.equal(made.state_dict()[ROTATION], torch.eye(DIM // 2, dtype=torch.float64).repeat(2, 1, 1))
+    model = build_rotated()
+    before = model.state_dict()[ROTATION].clone()
+    encoders = {name: value for name, value in model.state_dict().items() if name.startswith("encoders.")}
+    model.load_state_dict(encoders, strict=False)
+    assert torch.equal(model.state_dict()[ROTATION], before)
+    model.load_state_dict(joint_model(seed=2).state_dict(), strict=False)
+    assert torch.equal(model.state_dict()[ROTATION], torch.eye(DIM // 2, dtype=torch.float64).repeat(2, 1, 1))
 
 
 def test_functional_call_uses_the_given_buffers():
@@ -155,7 +155,7 @@ def test_vmapped_ensembles():
 
     with torch.no_grad():
         together = vmap(call)(parameters, buffers)
-    torch.testing.assert_close(together, torch.stack([eval_logits(made) for made in models]), **EXACT)
+    torch.testing.assert_close(together, torch.stack([eval_logits(result) for result in models]), **EXACT)
 
 
 @pytest.mark.parametrize("options", [
@@ -163,16 +163,16 @@ def test_vmapped_ensembles():
 ])  # fmt: skip
 @pytest.mark.parametrize("use_buffers", [True, False])
 def test_averaged_model_predicts_with_its_state_dict(options, use_buffers):
-    made, rolling = build()
-    average = AveragedModel(made, use_buffers=use_buffers, **options)
-    average.update_parameters(made)
+    model, rolling = build()
+    average = AveragedModel(model, use_buffers=use_buffers, **options)
+    average.update_parameters(model)
     for epoch in range(3):
-        run_forward(made, [batch(seed=epoch)])
+        run_forward(model, [batch(seed=epoch)])
         rolling.end_epoch()
         with torch.no_grad():
-            made.fusion.attention.query.weight.mul_(1.1)
-        average.update_parameters(made)
-        average.update_parameters(made)
+            model.fusion.attention.query.weight.mul_(1.1)
+        average.update_parameters(model)
+        average.update_parameters(model)
         module = average.module
         stored = module.state_dict()[ROTATION]
         orthogonal = torch.dist(stored.mT @ stored, torch.eye(DIM // 2, dtype=torch.float64)) < 1e-9
@@ -180,7 +180,7 @@ def test_averaged_model_predicts_with_its_state_dict(options, use_buffers):
         assert torch.equal(eval_logits(load_model(module.state_dict())), eval_logits(module))
         torch.testing.assert_close(eval_logits(module), expected_logits(module), **EXACT)
         torch.testing.assert_close(eval_logits(eq.merge_rotations(copy.deepcopy(module))), eval_logits(module), **EXACT)
-        made.train()
+        model.train()
 
 
 def test_copied_and_pickled_averages_apply_the_rotation():
@@ -203,13 +203,13 @@ def test_average_continues_from_its_applied_rotation():
 
 
 def test_averaged_counter_does_not_allow_extra_rotations():
-    made, rolling = build()
+    model, rolling = build()
     rolling.max_rotations = 1
-    average = AveragedModel(made, avg_fn=get_ema_avg_fn(0.9), use_buffers=True)
-    average.update_parameters(made)
-    run_forward(made, [batch()])
+    average = AveragedModel(model, avg_fn=get_ema_avg_fn(0.9), use_buffers=True)
+    average.update_parameters(model)
+    run_forward(model, [batch()])
     assert rolling.end_epoch()["rotations"] == 1.0
-    average.update_parameters(made)
+    average.update_parameters(model)
     other = average.module.fusion.attention.core.rolling
     assert int(other.rotations) == 0
     run_forward(average.module, [batch(seed=3)])
@@ -221,24 +221,24 @@ def test_averaged_counter_does_not_allow_extra_rotations():
     torch.zeros(2, 2), torch.diag(torch.tensor([1.0, -1.0])), torch.full((2, 2), torch.nan),
 ])  # fmt: skip
 def test_average_without_rotation_raises(corner):
-    made, rolling = build()
+    model, rolling = build()
     with torch.no_grad():
         # Zeros: the average of the identity and a half turn.
         rolling.rotation[0, :2, :2] = corner
     message = r"RollingQ: expected a rotation, or an average of rotations .* load the rotation of one model"
-    for use in (lambda: eval_logits(made), lambda: eq.merge_rotations(made), lambda: load_model(made.state_dict())):
+    for use in (lambda: eval_logits(model), lambda: eq.merge_rotations(model), lambda: load_model(model.state_dict())):
         with pytest.raises(ConfigError, match=message):
             use()
 
 
 def test_layer_without_rotation_is_bitwise_unchanged():
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        plain, (made, _) = joint_model(dtype=dtype), build(dtype=dtype)
-        outputs = [each.train()(batch(dtype=dtype)).logits for each in (plain, made)]
+        plain, (result, _) = joint_model(dtype=dtype), build(dtype=dtype)
+        outputs = [each.train()(batch(dtype=dtype)).logits for each in (plain, result)]
         assert torch.equal(*outputs)
         for output in outputs:
             output.float().square().sum().backward()
-        for one, other in zip(plain.parameters(), made.parameters(), strict=True):
+        for one, other in zip(plain.parameters(), result.parameters(), strict=True):
             assert (one.grad is None and other.grad is None) or torch.equal(one.grad, other.grad)
 
 
@@ -285,8 +285,8 @@ def test_nearest_rotation_of_a_rotation_is_itself():
 @pytest.mark.parametrize("write", [copy_values, copy_data])
 def test_copied_weights_use_the_depth_of_their_buffer(write):
     def staged(seed):
-        made = joint_model(depth=2, seed=seed)
-        return made, eq.balance.ProgressiveRollingQ(made.fusion, epochs=2, beta=0.0, query_rows="first")
+        model = joint_model(depth=2, seed=seed)
+        return model, eq.balance.ProgressiveRollingQ(model.fusion, epochs=2, beta=0.0, query_rows="first")
 
     (source, balancer), (target, _) = staged(0), staged(3)
     run_forward(source, [batch()])
@@ -298,14 +298,14 @@ def test_copied_weights_use_the_depth_of_their_buffer(write):
 
 
 def test_average_of_depths_uses_the_later_depth():
-    made = joint_model(depth=2)
-    average = AveragedModel(made, avg_fn=get_ema_avg_fn(0.5), use_buffers=True)
-    made.fusion.use_depth(1)
-    average.update_parameters(made)
-    made.fusion.use_depth(2)
+    model = joint_model(depth=2)
+    average = AveragedModel(model, avg_fn=get_ema_avg_fn(0.5), use_buffers=True)
+    model.fusion.use_depth(1)
+    average.update_parameters(model)
+    model.fusion.use_depth(2)
     for _ in range(3):
-        average.update_parameters(made)
-    assert torch.equal(eval_logits(average.module), eval_logits(made))
+        average.update_parameters(model)
+    assert torch.equal(eval_logits(average.module), eval_logits(model))
 
 
 @pytest.mark.parametrize("depth", [1, 2])
@@ -321,6 +321,6 @@ def test_rotation_without_matching_layer_raises(depth):
     with pytest.raises(RuntimeError, match=message):
         plain.load_state_dict(state)
     # The identity changes nothing, so it may be left out.
-    made, _ = build(depth=depth)
-    plain.load_state_dict(made.state_dict(), strict=False)
-    assert torch.equal(eval_logits(plain), eval_logits(made))
+    model, _ = build(depth=depth)
+    plain.load_state_dict(model.state_dict(), strict=False)
+    assert torch.equal(eval_logits(plain), eval_logits(model))

@@ -31,8 +31,8 @@ def test_help_shows_examples(command, capsys):
 
 def test_help_lists_every_command(capsys):
     assert exit_status("--help") == 0
-    said = capsys.readouterr().out
-    assert all(re.search(rf"^ +{command} ", said, re.MULTILINE) for command in COMMANDS)
+    message = capsys.readouterr().out
+    assert all(re.search(rf"^ +{command} ", message, re.MULTILINE) for command in COMMANDS)
 
 
 def test_version(capsys):
@@ -88,8 +88,8 @@ def test_compare_continues_finished_runs(finished_comparison, capsys):
     arguments, folder = finished_comparison
     before = (folder / "results.json").read_text()
     assert run(arguments) == 0
-    said = capsys.readouterr().out
-    assert "2 of 2 runs are already finished." in said
+    message = capsys.readouterr().out
+    assert "2 of 2 runs are already finished." in message
     assert json.loads(before)["runs"] == result_rows.load_results(folder)["runs"]
     assert (folder / "report.html").is_file()
 
@@ -119,9 +119,9 @@ def test_report_on_a_folder_and_on_a_file(what, finished_comparison, tmp_path, c
     page = tmp_path / "page.html"
     assert run(["report", str(finished_comparison[1] / what), "--out", str(page)]) == 0
     assert "<html" in page.read_text(encoding="utf-8")
-    said = capsys.readouterr().out
-    assert f"report:  {page}\n" in said
-    assert f"results: {finished_comparison[1] / 'results.json'}\n" in said
+    message = capsys.readouterr().out
+    assert f"report:  {page}\n" in message
+    assert f"results: {finished_comparison[1] / 'results.json'}\n" in message
     assert list(tmp_path.iterdir()) == [page]
 
 
@@ -153,11 +153,11 @@ def test_two_processes_match_one_process(tmp_path):
     command = ["train", "--config", config, "--method", "joint+rollingq", "--accelerator", "cpu", "--devices"]
     process = run_program(*command, 2, "--strategy", "ddp", "--out", tmp_path / "two")
     assert run([*command, "1", "--out", str(tmp_path / "one")]) == 0
-    said = process.communicate()[0]
-    assert process.returncode == 0, said
+    message = process.communicate()[0]
+    assert process.returncode == 0, message
     # Only the first process speaks and writes.
-    assert said.count("epoch 2/2") == said.count("weights:") == 1
-    assert "Warning" not in said
+    assert message.count("epoch 2/2") == message.count("weights:") == 1
+    assert "Warning" not in message
     names = [
         {str(path.relative_to(folder)) for path in folder.rglob("*")} for folder in (tmp_path / "one", tmp_path / "two")
     ]
@@ -180,7 +180,7 @@ def test_stages_train_in_two_processes(tmp_path):
         "train", "--config", config, "--method", "deep+progressive", "--accelerator", "cpu", "--devices", 2,
         "--strategy", "ddp", "--out", tmp_path / "o",
     )  # fmt: skip
-    said = process.communicate()[0]
-    assert process.returncode == 0, said
+    message = process.communicate()[0]
+    assert process.returncode == 0, message
     (done,) = result_rows.load_results(tmp_path / "o")["runs"]
     assert [entry["balance"]["stage"] for entry in done["history"]] == [1, 2]

@@ -22,19 +22,19 @@ def test_all_data_sets_are_listed(capsys):
 @pytest.mark.parametrize("name", available_layouts())
 def test_expected_files_and_options_of_data_sets(name, capsys):
     assert run(["data", "ls", name]) == 0
-    said = capsys.readouterr().out
+    message = capsys.readouterr().out
     layout = available_layouts()[name]
-    assert layout.license in said
-    assert all(f"  {place}: " in said for place in layout.places)
-    assert all(f"  --{option} " in said for option in layout.options)
+    assert layout.license in message
+    assert all(f"  {index}: " in message for index in layout.places)
+    assert all(f"  --{option} " in message for option in layout.options)
 
 
 def test_verify_prepared_and_damaged_data(raw_folder, capsys):
     assert run(["data", "prepare", "mosei", str(raw_folder), "--task", "acc7", "--workers", "1"]) == 0
-    said = capsys.readouterr().out
-    assert "train: 12 samples" in said
-    assert "published: 16,326 / 1,871 / 4,659 (train / val / test); here 12 / 4 / 6" in said
-    assert "manifest: prepared/mosei/manifest.csv" in said
+    message = capsys.readouterr().out
+    assert "train: 12 samples" in message
+    assert "published: 16,326 / 1,871 / 4,659 (train / val / test); here 12 / 4 / 6" in message
+    assert "manifest: prepared/mosei/manifest.csv" in message
     assert run(["data", "prepare", "mosei", "raw", "--task", "acc7"]) == 0
     assert "22 samples were already converted" in capsys.readouterr().out
     assert run(["data", "verify", "prepared/mosei"]) == 0
@@ -53,13 +53,13 @@ def test_dropped_samples_are_printed(raw_folder, capsys):
     make_raw("cremad", raw_folder.parent / "cremad")
     next((raw_folder.parent / "cremad" / "AudioWAV").iterdir()).write_bytes(b"")
     assert run(["data", "prepare", "cremad", "cremad", "--size", "8", "--workers", "1", "--split", "disjoint"]) == 0
-    said = capsys.readouterr().out
-    assert "dropped: 1 samples; each with its reason in prepared/cremad/prepare.json" in said
-    assert "  1 x audio ...: expected a sound, got an empty file" in said
+    message = capsys.readouterr().out
+    assert "dropped: 1 samples; each with its reason in prepared/cremad/prepare.json" in message
+    assert "  1 x audio ...: expected a sound, got an empty file" in message
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["prepare"], "expected the name of a data set and the folder of its files, got neither"),
         (["prepare", "mosei"], "got only 'mosei'"),
@@ -77,6 +77,6 @@ def test_dropped_samples_are_printed(raw_folder, capsys):
         (["verify", "raw", "more"], "expected no options of data prepare, got a third argument"),
     ],
 )
-def test_errors_are_a_single_line(raw_folder, capsys, arguments, said):
+def test_errors_are_a_single_line(raw_folder, capsys, arguments, message):
     assert run(["data", *arguments]) == 1
-    assert said in capsys.readouterr().err.replace("\n", " ")
+    assert message in capsys.readouterr().err.replace("\n", " ")

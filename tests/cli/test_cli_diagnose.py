@@ -36,10 +36,10 @@ def run_folder(comparison_runs):
 
 def error_message(capsys, *arguments):
     assert run(["diagnose", *map(str, arguments)]) == 1
-    said = capsys.readouterr().err
-    assert said.startswith("equipoise: ")
-    assert "Traceback" not in said
-    return said
+    message = capsys.readouterr().err
+    assert message.startswith("equipoise: ")
+    assert "Traceback" not in message
+    return message
 
 
 @pytest.fixture(scope="module")
@@ -50,20 +50,20 @@ def joint_diagnosis(comparison_runs, tmp_path_factory):
 
 
 def test_values_match_those_written_in_training(run_folder, joint_diagnosis):
-    found = Diagnosis.load(joint_diagnosis)
+    result = Diagnosis.load(joint_diagnosis)
     trained = json.loads((run_folder("joint") / "run.json").read_text())["run"]["metrics"]
     for name in SAME:
-        assert found.metrics[name] == pytest.approx(trained[name], rel=1e-5, abs=1e-6), name
+        assert result.metrics[name] == pytest.approx(trained[name], rel=1e-5, abs=1e-6), name
     # Those of the comparison's models of one modality, not of the heads.
     for name in ("audio", "image"):
         own = json.loads((run_folder(name) / "run.json").read_text())["run"]["metrics"]["accuracy"]
-        assert found.metrics[f"accuracy_alone/{name}"] == pytest.approx(own, rel=1e-6)
-    assert found.details["score"]["alone_from"] == "models"
-    assert found.details["response"]["modality"] == "audio"
-    assert (found.name, found.seed, found.fold, found.samples) == ("joint", 0, None, 497)
-    assert found.protocol["data"] == "digits"
-    assert found.protocol["outside"] == "noise"
-    assert "auroc" in found.metrics
+        assert result.metrics[f"accuracy_alone/{name}"] == pytest.approx(own, rel=1e-6)
+    assert result.details["score"]["alone_from"] == "models"
+    assert result.details["response"]["modality"] == "audio"
+    assert (result.name, result.seed, result.fold, result.samples) == ("joint", 0, None, 497)
+    assert result.protocol["data"] == "digits"
+    assert result.protocol["outside"] == "noise"
+    assert "auroc" in result.metrics
 
 
 def test_unimodal_models_are_compared_on_the_same_samples(run_folder, joint_diagnosis):
@@ -93,10 +93,10 @@ def test_unimodal_models_on_other_samples_use_their_score(change, comparison_run
             (folder / "recipe.yaml").unlink()
         (folder / "run.json").write_text(json.dumps(content))
     assert run(["diagnose", str(tmp_path / "joint" / "seed0"), "--tests", "noise", "--outside", "none"]) == 0
-    found = Diagnosis.load(tmp_path / "joint" / "seed0" / "diagnosis")
-    assert found.details["score"]["alone_from"] == "models"
-    assert not any("_alone/" in metric for metric in found.details["score"]["outcomes"])
-    assert "accuracy_alone/audio" in found.metrics
+    result = Diagnosis.load(tmp_path / "joint" / "seed0" / "diagnosis")
+    assert result.details["score"]["alone_from"] == "models"
+    assert not any("_alone/" in metric for metric in result.details["score"]["outcomes"])
+    assert "accuracy_alone/audio" in result.metrics
 
 
 def test_written_files(joint_diagnosis):
@@ -109,16 +109,16 @@ def test_written_files(joint_diagnosis):
 def test_verdicts_are_printed(run_folder, capsys):
     folder = run_folder("deep")
     assert run(["diagnose", str(folder), "--tests", "noise, masking", "--seed", "2", "--outside", "none"]) == 0
-    said = capsys.readouterr().out
-    found = Diagnosis.load(folder / "diagnosis")
-    for verdict in found.verdicts:
-        assert verdict.text.split()[0] in said
-    assert f"({found.samples} samples)" in " ".join(said.split())
-    assert "diagnosing deep" in said
-    assert f"report:    {folder / 'diagnosis' / 'report.html'}" in said
-    assert set(found.details) == {"score", "noise", "masking"}
-    assert found.protocol["noise_seed"] == 2
-    assert "outside" not in found.protocol
+    message = capsys.readouterr().out
+    result = Diagnosis.load(folder / "diagnosis")
+    for verdict in result.verdicts:
+        assert verdict.text.split()[0] in message
+    assert f"({result.samples} samples)" in " ".join(message.split())
+    assert "diagnosing deep" in message
+    assert f"report:    {folder / 'diagnosis' / 'report.html'}" in message
+    assert set(result.details) == {"score", "noise", "masking"}
+    assert result.protocol["noise_seed"] == 2
+    assert "outside" not in result.protocol
     # The training's own results are still there.
     assert (folder / "run.json").is_file()
     shutil.rmtree(folder / "diagnosis")
@@ -127,8 +127,8 @@ def test_verdicts_are_printed(run_folder, capsys):
 def test_several_runs_side_by_side(run_folder, tmp_path, capsys):
     folders = [str(run_folder(method)) for method in ("joint", "concat", "audio")]
     assert run(["diagnose", *folders, "--out", str(tmp_path), "--tests", "noise,masking"]) == 0
-    said = capsys.readouterr().out
-    assert "Not tested: masking: the model has one modality" in " ".join(said.split())
+    message = capsys.readouterr().out
+    assert "Not tested: masking: the model has one modality" in " ".join(message.split())
     assert [one["method"] for one in result_rows.load_results(tmp_path)["runs"]] == ["joint", "concat", "audio"]
     for name in ("joint", "concat", "audio"):
         assert Diagnosis.load(tmp_path / name).name == name
@@ -145,8 +145,8 @@ def test_results_are_deterministic(run_folder, joint_diagnosis, tmp_path):
 
 def test_missing_run_raises(tmp_path, comparison_runs, run_folder, capsys):
     assert "expected the folder of a finished run, with run.json" in error_message(capsys, tmp_path / "nowhere")
-    said = error_message(capsys, comparison_runs.parent.parent)
-    assert "It contains 5 runs of a comparison; give one of them, such as" in said
+    message = error_message(capsys, comparison_runs.parent.parent)
+    assert "It contains 5 runs of a comparison; give one of them, such as" in message
     # A wrong folder is found before the first model is tested.
     assert "nowhere' without run.json" in error_message(
         capsys, run_folder("joint"), tmp_path / "nowhere", "--out", tmp_path / "o"
@@ -193,8 +193,8 @@ def test_nan_in_a_batch_raises(run_folder, tmp_path, capsys, monkeypatch):
         return seen
 
     monkeypatch.setattr(Digits, "augment", augment)
-    said = error_message(capsys, run_folder("joint"), "--out", tmp_path / "o")
-    assert "expected logits without NaN, got NaN for 2 of 497 samples, the first is number 3" in said
+    message = error_message(capsys, run_folder("joint"), "--out", tmp_path / "o")
+    assert "expected logits without NaN, got NaN for 2 of 497 samples, the first is number 3" in message
     assert not (tmp_path / "o").exists()
 
 

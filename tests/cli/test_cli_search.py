@@ -24,18 +24,18 @@ def run_folder(tmp_path_factory):
 
 def error_message(capsys, *arguments):
     assert run(["search", *map(str, arguments)]) == 1
-    said = capsys.readouterr().err
-    assert said.startswith("equipoise: ")
-    assert "Traceback" not in said
-    return " ".join(said.split())
+    message = capsys.readouterr().err
+    assert message.startswith("equipoise: ")
+    assert "Traceback" not in message
+    return " ".join(message.split())
 
 
 def test_text_query_returns_images(run_folder, capsys):
     assert run(["search", "--model", str(run_folder), "blue heart", "--top", "7"]) == 0
-    said = capsys.readouterr().out
-    assert said.count("0.") >= 7
-    assert "7 of 3395" in said
-    assert HALF not in said
+    message = capsys.readouterr().out
+    assert message.count("0.") >= 7
+    assert "7 of 3395" in message
+    assert HALF not in message
     assert (run_folder / NAME).is_file()
 
 
@@ -56,11 +56,11 @@ def test_search_in_user_folder(run_folder, capsys, tmp_path):
     Image.new("RGB", (30, 30), "blue").save(tmp_path / "sky.png")
     (tmp_path / "half.png").write_bytes(b"\x89PNG")
     assert run(["search", "--model", str(run_folder), "blue", "--images", str(tmp_path)]) == 0
-    said = capsys.readouterr().out
-    assert "sky.png" in said
-    assert "1 of 1" in said
-    assert "Skipped: image" in said
-    assert "new" not in said.replace("sky.png", "")
+    message = capsys.readouterr().out
+    assert "sky.png" in message
+    assert "1 of 1" in message
+    assert "Skipped: image" in message
+    assert "new" not in message.replace("sky.png", "")
 
 
 def test_unknown_words_are_reported(run_folder, capsys):
@@ -73,9 +73,9 @@ def test_images_in_color_terminals(run_folder, monkeypatch):
     monkeypatch.setattr("equipoise.cli.console.out", console)
     with console.capture() as seen:
         assert run(["search", "--model", str(run_folder), "dog", "--top", "4"]) == 0
-    said = seen.get()
-    assert said.count(HALF) == 4 * 16 * 8
-    assert "38;2;" in said
+    message = seen.get()
+    assert message.count(HALF) == 4 * 16 * 8
+    assert "38;2;" in message
 
 
 def test_gallery_page_is_written(run_folder, capsys, tmp_path):
@@ -94,10 +94,10 @@ def test_invalid_query_raises(run_folder, capsys, tmp_path):
     assert "search: expected a text with a word in it, got ' '" in error_message(capsys, *model, " ")
     assert "search: expected a text with a word in it, got '?!'" in error_message(capsys, *model, "?!")
     assert "search: expected --top of 1 or more, got 0" in error_message(capsys, *model, "dog", "--top", "0")
-    said = error_message(capsys, *model, "qqqq")
-    assert "expected a known word, got 'qqqq'. Choose one of: 0, 00, 1" in said
-    assert "in all)" in said
-    assert len(said) < 400
+    message = error_message(capsys, *model, "qqqq")
+    assert "expected a known word, got 'qqqq'. Choose one of: 0, 00, 1" in message
+    assert "in all)" in message
+    assert len(message) < 400
     assert "of at most 24 words, got 30" in error_message(capsys, *model, "dog " * 30)
 
 
@@ -121,8 +121,8 @@ def test_folder_without_run_raises(run_folder, capsys, tmp_path):
 
 
 def test_search_with_a_newly_trained_run(tmp_path):
-    made = recipe().with_train(epochs=1, batch_size=512)
-    job, folder = RunSpec(made, "siglip", seed=0), tmp_path / "run"
+    config = recipe().with_train(epochs=1, batch_size=512)
+    job, folder = RunSpec(config, "siglip", seed=0), tmp_path / "run"
     run_row = execute_run(job, folder, trainer_options={"limit_train_batches": 2, "limit_val_batches": 1})
     metrics = run_row["metrics"]
     assert 0 <= metrics["recall@1"] <= metrics["recall@5"] <= 1

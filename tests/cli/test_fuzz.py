@@ -14,8 +14,8 @@ def world(tmp_path_factory):
 
 def unexpected_outcomes(work, world, seeds):
     """seed -> the kind of file or command, and what came of it, where that is neither a result nor an error told."""
-    found = {seed: work(world, seed) for seed in seeds}
-    return {seed: (what, how, said) for seed, (what, how, said) in found.items() if said not in RESULTS}
+    result = {seed: work(world, seed) for seed in seeds}
+    return {seed: (what, how, message) for seed, (what, how, message) in result.items() if message not in RESULTS}
 
 
 @pytest.mark.parametrize("work", [damaged, random_command])

@@ -129,8 +129,8 @@ def test_text_and_image_queries(trained_run, capfd, tmp_path):
     assert run([*model, "blue circle", "--top", "3", "--html", str(page)]) == 0
     text = capfd.readouterr().out
     assert "3 of 92" in text
-    found = [int(line.split("images/")[1].split(".")[0]) for line in text.splitlines() if "images/" in line]
-    assert sum(i % 4 == 2 for i in found) >= 2
+    result = [int(line.split("images/")[1].split(".")[0]) for line in text.splitlines() if "images/" in line]
+    assert sum(i % 4 == 2 for i in result) >= 2
     html = page.read_text(encoding="utf-8")
     assert html.count('class="card"') == 3
     assert html.count('<img src="data:image/png') == 3
@@ -281,10 +281,8 @@ def test_padding_and_missing_samples_are_excluded(short_table):
         True,
         True,
     ]
-    whole = torch.tensor([True, True, False, True])
-    assert (
-        model.embed({"words": batch["words"], "mask": {"words": whole}})["words"].any(dim=1).tolist() == whole.tolist()
-    )
+    full = torch.tensor([True, True, False, True])
+    assert model.embed({"words": batch["words"], "mask": {"words": full}})["words"].any(dim=1).tolist() == full.tolist()
 
 
 @pytest.fixture(scope="module")

@@ -70,8 +70,8 @@ def test_worked_example(case, method):
 def test_other_scores_of_the_worked_example():
     swapped, alone = TABLE["swapped"][0], TABLE["no alignment"][0]
     assert float(contradiction_free_score(alone, num_modalities=3)) == pytest.approx(1)
-    wanted = 1 - (11 / 9 - 1) / (math.sqrt(3) - 1)
-    assert float(contradiction_free_score(swapped, num_modalities=3)) == pytest.approx(wanted)
+    expected = 1 - (11 / 9 - 1) / (math.sqrt(3) - 1)
+    assert float(contradiction_free_score(swapped, num_modalities=3)) == pytest.approx(expected)
     assert float(top_energy(swapped, num_modalities=3)) == pytest.approx(8 / 9)
     # Two of three tokens are mapped wrongly in every triple, and each changes two entries.
     assert float(eq.consistency.cycle_error(swapped, num_modalities=3)) == pytest.approx(2 / 3)
@@ -86,34 +86,34 @@ def test_other_scores_of_the_worked_example():
 def test_closed_form_for_three_modalities(angle):
     turn = torch.tensor([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]], dtype=torch.float64)
     eye = torch.eye(2, dtype=torch.float64)
-    found = torch.linalg.eigvalsh(eq.consistency.supermatrix({(0, 1): eye, (1, 2): eye, (2, 0): turn}))
-    wanted = sorted(1 + 2 * math.cos((sign * angle + 2 * math.pi * k) / 3) for k in range(3) for sign in (1, -1))
-    torch.testing.assert_close(found, torch.tensor(wanted, dtype=torch.float64), rtol=1e-9, atol=1e-9)
+    result = torch.linalg.eigvalsh(eq.consistency.supermatrix({(0, 1): eye, (1, 2): eye, (2, 0): turn}))
+    expected = sorted(1 + 2 * math.cos((sign * angle + 2 * math.pi * k) / 3) for k in range(3) for sign in (1, -1))
+    torch.testing.assert_close(result, torch.tensor(expected, dtype=torch.float64), rtol=1e-9, atol=1e-9)
 
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(2, 5), st.integers(2, 5), st.floats(0, 1), st.integers(0, 1000))
 def test_against_loops(count, size, noise, seed):
     random = np.random.default_rng(seed)
-    whole = slow.consistent(count, size, random)
+    full = slow.consistent(count, size, random)
     blocks = {
-        (i, j): (1 - noise) * whole[i * size : (i + 1) * size, j * size : (j + 1) * size]
+        (i, j): (1 - noise) * full[i * size : (i + 1) * size, j * size : (j + 1) * size]
         + noise * random.dirichlet(np.ones(size), size)
         for i in range(count) for j in range(count) if i != j
     }  # fmt: skip
     matrix = eq.consistency.supermatrix({pair: torch.from_numpy(block) for pair, block in blocks.items()})
-    wanted = slow.supermatrix(blocks, count, size)
-    np.testing.assert_array_equal(matrix.numpy(), wanted)
-    assert float(eq.consistency.nuclear_norm(matrix)) == pytest.approx(slow.nuclear(wanted), rel=1e-7)
-    assert float(eq.consistency.effective_rank(matrix)) == pytest.approx(slow.effective_rank(wanted), rel=1e-7)
-    found = float(eq.consistency.consistency_score(matrix, num_modalities=count))
-    assert found == pytest.approx(slow.score(wanted, count), abs=1e-7)
+    expected = slow.supermatrix(blocks, count, size)
+    np.testing.assert_array_equal(matrix.numpy(), expected)
+    assert float(eq.consistency.nuclear_norm(matrix)) == pytest.approx(slow.nuclear(expected), rel=1e-7)
+    assert float(eq.consistency.effective_rank(matrix)) == pytest.approx(slow.effective_rank(expected), rel=1e-7)
+    result = float(eq.consistency.consistency_score(matrix, num_modalities=count))
+    assert result == pytest.approx(slow.score(expected, count), abs=1e-7)
     assert float(eq.consistency.cycle_error(matrix, num_modalities=count)) == pytest.approx(
-        slow.cycle_error(wanted, count)
+        slow.cycle_error(expected, count)
     )
     assert size - 1e-6 <= float(eq.consistency.effective_rank(matrix)) <= count * size + 1e-6
     if noise == 0:
-        assert found == pytest.approx(1)
+        assert result == pytest.approx(1)
 
 
 @settings(max_examples=15, deadline=None)
@@ -161,9 +161,9 @@ def test_gradient_is_finite_if_singular_values_vanish(method):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_single_and_half_precision(dtype):
     matrix = TABLE["a cycle of three"][0]
-    found = eq.consistency.nuclear_norm(matrix.to(dtype))
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found.double(), eq.consistency.nuclear_norm(matrix), **TOL[dtype])
+    result = eq.consistency.nuclear_norm(matrix.to(dtype))
+    assert result.dtype == torch.float32
+    torch.testing.assert_close(result.double(), eq.consistency.nuclear_norm(matrix), **TOL[dtype])
     with torch.autocast("cpu", torch.bfloat16):
         assert eq.consistency.nuclear_norm(matrix.float()).dtype == torch.float32
 
@@ -194,33 +194,33 @@ def test_from_attention():
     random = torch.Generator().manual_seed(1)
     attention = torch.rand(2, 6, 6, generator=random, dtype=torch.float64).softmax(-1)
     labels = torch.tensor([1, 0, -1, 0, 1, 1])
-    found = supermatrix_from_attention(attention, labels, symmetrize=False)
+    result = supermatrix_from_attention(attention, labels, symmetrize=False)
     audio, image = [1, 3], [0, 4, 5]
     for b in range(2):
         for a, row in enumerate(audio):
             total = sum(float(attention[b, row, column]) for column in image)
             for c, column in enumerate(image):
-                assert float(found[b, a, 2 + c]) == pytest.approx(float(attention[b, row, column]) / total)
-    torch.testing.assert_close(found[0, :2, :2], torch.eye(2, dtype=torch.float64), rtol=0, atol=0)
+                assert float(result[b, a, 2 + c]) == pytest.approx(float(attention[b, row, column]) / total)
+    torch.testing.assert_close(result[0, :2, :2], torch.eye(2, dtype=torch.float64), rtol=0, atol=0)
 
 
 def test_from_tokens_with_padding():
     random = torch.Generator().manual_seed(2)
     tokens = [torch.randn(3, 4, 5, generator=random, dtype=torch.float64) for _ in range(2)]
     mask = torch.tensor([[True] * 4, [True, True, False, False], [True] * 4])
-    found = supermatrix_from_tokens(tokens, masks=[mask, None])
+    result = supermatrix_from_tokens(tokens, masks=[mask, None])
     short = supermatrix_from_tokens([tokens[0][1:2, :2], tokens[1][1:2]])
     kept = torch.tensor([0, 1, 4, 5, 6, 7])
-    torch.testing.assert_close(found[1][kept][:, kept], short[0], **EXACT)
-    assert float(found[1, 2:4].abs().sum() + found[1, :, 2:4].abs().sum()) == 0
-    assert torch.isfinite(eq.consistency.nuclear_norm(found)).all()
+    torch.testing.assert_close(result[1][kept][:, kept], short[0], **EXACT)
+    assert float(result[1, 2:4].abs().sum() + result[1, :, 2:4].abs().sum()) == 0
+    assert torch.isfinite(eq.consistency.nuclear_norm(result)).all()
 
 
 def test_sinkhorn_and_dustbin():
     scores = torch.randn(2, 5, 5, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    found = soft_matching(scores, sinkhorn=200)
-    torch.testing.assert_close(found.sum(-1), torch.ones(2, 5, dtype=torch.float64), rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(found.sum(-2), torch.ones(2, 5, dtype=torch.float64), rtol=1e-6, atol=1e-6)
+    result = soft_matching(scores, sinkhorn=200)
+    torch.testing.assert_close(result.sum(-1), torch.ones(2, 5, dtype=torch.float64), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(result.sum(-2), torch.ones(2, 5, dtype=torch.float64), rtol=1e-6, atol=1e-6)
     unmatched = soft_matching(torch.tensor([[9.0, 0.0], [0.0, -9.0]]), sinkhorn=50, dustbin=1.0)
     assert unmatched.shape == (2, 2)
     assert float(unmatched[0, 0]) > 0.9
@@ -235,9 +235,9 @@ def test_synchronize_corrects_one_wrong_map(size):
     wrong = right.clone()
     wrong[:size, size : 2 * size] = right[:size, size : 2 * size][:, torch.roll(torch.arange(size), 1)]
     wrong[size : 2 * size, :size] = wrong[:size, size : 2 * size].t()
-    found = eq.consistency.synchronize(torch.stack([wrong, right]), num_modalities=5)
-    torch.testing.assert_close(found, torch.stack([right, right]), rtol=0, atol=0)
-    assert float(contradiction_excess(found).abs().max()) < 1e-9
+    result = eq.consistency.synchronize(torch.stack([wrong, right]), num_modalities=5)
+    torch.testing.assert_close(result, torch.stack([right, right]), rtol=0, atol=0)
+    assert float(contradiction_excess(result).abs().max()) < 1e-9
     for kind in ("soft", "orthogonal"):
         near = eq.consistency.synchronize(wrong, num_modalities=5, kind=kind)
         assert near.shape == wrong.shape
@@ -337,12 +337,12 @@ def test_slots_accept_any_number_of_tokens():
 def test_loss_of_a_model_and_of_samples_with_missing_modalities():
     from helpers.fusion import batch, joint_model
 
-    made = joint_model()
+    model = joint_model()
     loss = eq.consistency.ConsistencyLoss(12, slots=2).double()
-    output = made(batch(missing=("audio",)))
-    whole = made({name: value[[1, 2, 4]] for name, value in batch().items()})
-    torch.testing.assert_close(loss.penalty(output), loss(whole), **EXACT)
-    gone = made(batch() | {"audio": None})
+    output = model(batch(missing=("audio",)))
+    full = model({name: value[[1, 2, 4]] for name, value in batch().items()})
+    torch.testing.assert_close(loss.penalty(output), loss(full), **EXACT)
+    gone = model(batch() | {"audio": None})
     assert float(loss(gone).detach()) == 0
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -46,14 +46,14 @@ def test_read_wav_returns_the_samples(tmp_path):
 
 def damaged_files(folder):
     """name -> (bytes of a wav file, what the message must say)."""
-    whole = write_wav(folder / "whole.wav").read_bytes()
+    full = write_wav(folder / "whole.wav").read_bytes()
     return {
-        "truncated": (whole[:-301], r"expected 1600 bytes in the chunk 'data', as its header says, got 1299.*fetch it"),
-        "header only": (whole[:30], r"expected 16 bytes in the chunk 'fmt ', as its header says, got 10"),
-        "no data": (whole[:36], "expected a chunk 'data', got none"),
+        "truncated": (full[:-301], r"expected 1600 bytes in the chunk 'data', as its header says, got 1299.*fetch it"),
+        "header only": (full[:30], r"expected 16 bytes in the chunk 'fmt ', as its header says, got 10"),
+        "no data": (full[:36], "expected a chunk 'data', got none"),
         "text": (b"this is no recording", "expected a sound, as WAV or FLAC, got"),
         "nothing": (b"", "expected a sound, got an empty file"),
-        "bad codec": (whole[:20] + b"\xee\xee" + whole[22:], "expected a sound, as WAV or FLAC, got"),
+        "bad codec": (full[:20] + b"\xee\xee" + full[22:], "expected a sound, as WAV or FLAC, got"),
         "rate": (write_wav(folder / "rate.wav", rate=16000).read_bytes(), "a rate of 8000 Hz, got 16000 Hz. Resample"),
         "stereo": (write_wav(folder / "stereo.wav", channels=2).read_bytes(), "expected one channel, got 2. Mix"),
         "empty": (
@@ -87,10 +87,10 @@ def test_missing_digit_of_a_speaker_raises(tmp_path):
     with pytest.raises(DataError, match=r"recordings of all digits by theo, got 9 recordings, none of them 9_theo_\*"):
         read_recordings(tmp_path, ("theo",), 1.0)
     write_wav(tmp_path / "9_theo_12.wav")
-    found = read_recordings(tmp_path, ("theo",), 1.0)
-    assert found.digit.tolist() == list(range(10))
-    assert found.take.tolist() == [0] * 9 + [12]
-    assert found.spectrograms.shape == (10, 64, 40)
+    result = read_recordings(tmp_path, ("theo",), 1.0)
+    assert result.digit.tolist() == list(range(10))
+    assert result.take.tolist() == [0] * 9 + [12]
+    assert result.spectrograms.shape == (10, 64, 40)
 
 
 def test_read_idx_returns_the_array(tmp_path):

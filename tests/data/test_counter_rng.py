@@ -31,9 +31,9 @@ def _unmixed(word: int) -> int:
 @settings(max_examples=20, deadline=None)
 @given(st.permutations(range(7)), st.integers(0, 2**40), st.integers(0, 1000))
 def test_numbers_of_a_sample_do_not_depend_on_the_batch(order, seed, epoch):
-    whole = CounterRNG(seed, epoch, torch.arange(7)).normal("hiss", 3, 5)
+    full = CounterRNG(seed, epoch, torch.arange(7)).normal("hiss", 3, 5)
     some = torch.tensor(order[:4])
-    assert torch.equal(CounterRNG(seed, epoch, some).normal("hiss", 3, 5), whole[some])
+    assert torch.equal(CounterRNG(seed, epoch, some).normal("hiss", 3, 5), full[some])
 
 
 def test_numbers_depend_on_every_part_of_the_key():

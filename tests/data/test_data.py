@@ -106,10 +106,10 @@ def test_two_processes_share_the_batches(digits):
     def epoch(**place):
         return list(loader(digits, "train", 64, seed=0, train=True, **place))
 
-    for whole, *halves in zip(epoch(), epoch(rank=0, world=2), epoch(rank=1, world=2), strict=True):
-        joined = {name: torch.cat([half[name] for half in halves]) for name in whole}
+    for full, *halves in zip(epoch(), epoch(rank=0, world=2), epoch(rank=1, world=2), strict=True):
+        joined = {name: torch.cat([half[name] for half in halves]) for name in full}
         assert batches_equal(
-            {name: values[whole["index"].argsort()] for name, values in whole.items()},
+            {name: values[full["index"].argsort()] for name, values in full.items()},
             {name: values[joined["index"].argsort()] for name, values in joined.items()},
         )
 

@@ -29,8 +29,8 @@ def test_checksum_of_voices():
 
 
 def test_every_voice_has_four_recordings_of_each_digit(voices):
-    said = set(zip(*(voices[part].tolist() for part in ("digit", "voice", "rendering")), strict=True))
-    assert said == {(d, v, r) for d in range(10) for v in range(24) for r in range(4)}
+    message = set(zip(*(voices[part].tolist() for part in ("digit", "voice", "rendering")), strict=True))
+    assert message == {(d, v, r) for d in range(10) for v in range(24) for r in range(4)}
 
 
 def test_test_voices_are_not_duplicates(voices):
@@ -108,15 +108,15 @@ def test_options_reach_the_batches():
 
 
 @pytest.mark.parametrize(
-    ("option", "value", "said"),
+    ("option", "value", "message"),
     [
         ("audio_noise", -1.0, "Digits: expected a finite audio_noise >= 0, got audio_noise = -1.0"),
         ("image_noise", float("inf"), "Digits: expected a finite image_noise >= 0, got image_noise = inf"),
         ("energy", 0.0, r"expected an energy in \(0, 1\], got 0.0"),
     ],
 )
-def test_limits(option, value, said):
-    with pytest.raises(ConfigError, match=said):
+def test_limits(option, value, message):
+    with pytest.raises(ConfigError, match=message):
         Digits(**{option: value})
 
 

@@ -50,12 +50,12 @@ def test_sizes_and_shapes(emoji):
 def test_held_out_combinations_consist_of_training_parts(emoji, name):
     items, taught = emoji.split_items(name), emoji.split_items("train")
     parts = Counter(part for item in taught for part in set(item.parts))
-    said = {word for item in taught for word in split_words(item.name)}
+    message = {word for item in taught for word in split_words(item.name)}
     names = {item.name for item in taught}
     for item in items:
         assert len(item.parts) >= 2
         assert all(parts[part] >= 1 for part in item.parts), item.name
-        assert set(split_words(item.name)) <= said
+        assert set(split_words(item.name)) <= message
         assert item.name not in names
         assert not emoji.words.unseen(item.name)
     assert set(emoji.groups(name)) == FAMILIES
@@ -76,8 +76,8 @@ def test_held_out_images_are_not_in_training(emoji):
 def test_equal_images_have_equal_targets_and_names_are_unique(emoji):
     by_picture = {}
     for which in ("train", "val", "test"):
-        for place, target in zip(emoji._rows[which].tolist(), emoji.split(which).target.tolist(), strict=True):
-            by_picture.setdefault(emoji.pictures[place].numpy().tobytes(), set()).add(target)
+        for index, target in zip(emoji._rows[which].tolist(), emoji.split(which).target.tolist(), strict=True):
+            by_picture.setdefault(emoji.pictures[index].numpy().tobytes(), set()).add(target)
     assert {len(targets) for targets in by_picture.values()} == {1}
     # Two keycaps have names of the same words, and different pictures.
     assert len({next(iter(t)) for t in by_picture.values()}) == len(by_picture) - 1 == emoji.num_outputs == 3380
@@ -92,10 +92,10 @@ def test_equal_images_have_equal_targets_and_names_are_unique(emoji):
 
 
 def test_red_heart_pixels_are_red(emoji):
-    place = [item.name for item in emoji.items].index("red heart")
-    red, green, blue = emoji.pictures[place, 14, 16].tolist()
+    index = [item.name for item in emoji.items].index("red heart")
+    red, green, blue = emoji.pictures[index, 14, 16].tolist()
     assert red > 180 > 100 > max(green, blue)
-    assert emoji.items[place].text.startswith("\N{HEAVY BLACK HEART}")
+    assert emoji.items[index].text.startswith("\N{HEAVY BLACK HEART}")
 
 
 def test_evaluation_batches_are_the_stored_ones(emoji):
@@ -105,7 +105,7 @@ def test_evaluation_batches_are_the_stored_ones(emoji):
     assert set(one) == {"image", "text", "target", "index"}
     for name, values in one.items():
         assert torch.equal(values, other[name])
-    assert torch.equal(one["text"], emoji.words.encode([emoji.split_items("test")[place].name for place in (5, 0, 7)]))
+    assert torch.equal(one["text"], emoji.words.encode([emoji.split_items("test")[index].name for index in (5, 0, 7)]))
 
 
 def test_training_batches_repeat_and_differ_by_epoch(emoji):
@@ -140,12 +140,12 @@ def test_captions_are_name_keyword_or_both(emoji, monkeypatch):
     batch = emoji.batch("train", index, seed=0, epoch=0, train=True)
     words = {number: word for word, number in emoji.words.words.items()}
     kinds = Counter()
-    for place, row in zip(index.tolist(), batch["text"].tolist(), strict=True):
-        item, said = emoji.split_items("train")[place], [words[number] for number in row if number]
+    for position, row in zip(index.tolist(), batch["text"].tolist(), strict=True):
+        item, message = emoji.split_items("train")[position], [words[number] for number in row if number]
         allowed = {"name": split_words(item.name)}
         allowed |= {f"alone {word}": split_words(word) for word in item.keywords}
         allowed |= {f"both {word}": split_words(f"{item.name} {word}") for word in item.keywords}
-        kinds[next(kind for kind, wanted in allowed.items() if wanted[:LENGTH] == said).split()[0]] += 1
+        kinds[next(kind for kind, expected in allowed.items() if expected[:LENGTH] == message).split()[0]] += 1
     assert kinds["name"] > kinds["both"] > kinds["alone"] > 0
 
 
@@ -167,22 +167,22 @@ def test_normalized_words(emoji):
 
 
 def test_parts_of_combinations_are_separate_texts(emoji):
-    found = emoji.combinations("test")
+    result = emoji.combinations("test")
     items = emoji.split_items("test")
-    assert found.modality == "text"
-    assert found.rows.tolist() == list(range(276))
-    assert found.present.sum(dim=1).tolist() == [len(item.parts) for item in items]
-    place = [item.name for item in items].index("blue heart")
-    assert torch.equal(found.parts[place, :2], emoji.words.encode(["blue", "heart"]))
-    assert not found.parts[~found.present].any()
+    assert result.modality == "text"
+    assert result.rows.tolist() == list(range(276))
+    assert result.present.sum(dim=1).tolist() == [len(item.parts) for item in items]
+    index = [item.name for item in items].index("blue heart")
+    assert torch.equal(result.parts[index, :2], emoji.words.encode(["blue", "heart"]))
+    assert not result.parts[~result.present].any()
 
 
 def test_data_card_code_output():
     card = (Path(__file__).parents[2] / "docs/data/emoji.md").read_text(encoding="utf-8")
-    found = {}
+    result = {}
     for block in re.findall(r"```python\n(.*?)```", card, re.DOTALL):
-        exec(block, found)
-    for way, words in ((found["there"], "nearest training image's name"), (found["back"], "name to image")):
+        exec(block, result)
+    for way, words in ((result["there"], "nearest training image's name"), (result["back"], "name to image")):
         assert f"{words} | {100 * way.recall[1]:.1f} | {100 * way.recall[5]:.1f} |" in card
         assert f"| guessing | {100 * way.chance[1]:.1f} | {100 * way.chance[5]:.1f} |" in card
 
@@ -200,27 +200,27 @@ def test_bundled_image_is_read_unchanged(emoji, tmp_path):
     path = tmp_path / "own.png"
     Image.fromarray(picture.numpy()).save(path)
     assert torch.equal(emoji.read(path), picture)
-    made = emoji.images(picture[None])
-    assert made.shape == (1, 3, 32, 32)
-    torch.testing.assert_close(made[0], emoji.train.inputs["image"][emoji._rows["train"].tolist().index(100)])
+    result = emoji.images(picture[None])
+    assert result.shape == (1, 3, 32, 32)
+    torch.testing.assert_close(result[0], emoji.train.inputs["image"][emoji._rows["train"].tolist().index(100)])
 
 
 def test_transparency_becomes_white_and_images_are_padded_to_squares():
     colors = np.zeros((20, 40, 4), dtype=np.uint8)
     colors[:, :20] = (255, 0, 0, 255)
-    made = load_square_image(Image.fromarray(colors), 8)
-    assert made.shape == (8, 8, 3)
+    result = load_square_image(Image.fromarray(colors), 8)
+    assert result.shape == (8, 8, 3)
     # A border of ten rows is two of eight; what lies beside an edge is a mixture.
-    assert made[0].unique().tolist() == [255]
-    red, green, blue = made[4, 1].tolist()
+    assert result[0].unique().tolist() == [255]
+    red, green, blue = result[4, 1].tolist()
     assert red > 250 > 20 > max(green, blue)
-    assert made[4, 6].min() > 240
+    assert result[4, 6].min() > 240
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "PA", "RGBA", "RGBa", "CMYK", "YCbCr"])
 def test_common_image_modes(mode):
-    made = load_square_image(Image.new("RGB", (16, 16), "white").convert(mode), 4)
-    assert made.unique().tolist() == [255]
+    result = load_square_image(Image.new("RGB", (16, 16), "white").convert(mode), 4)
+    assert result.unique().tolist() == [255]
 
 
 @pytest.mark.parametrize(
@@ -253,9 +253,9 @@ def test_exif_orientation_is_applied(tmp_path):
     image.paste("black", (0, 0, 16, 8))
     turned[0x0112] = 6
     image.save(tmp_path / "held.png", exif=turned)
-    made = load_square_image(tmp_path / "held.png", 16)
-    assert made[:, :7].unique().tolist() == [255]
-    assert made[:, 9:].unique().tolist() == [0]
+    result = load_square_image(tmp_path / "held.png", 16)
+    assert result[:, :7].unique().tolist() == [255]
+    assert result[:, 9:].unique().tolist() == [0]
 
 
 def test_decompression_bomb_raises(tmp_path, monkeypatch):
@@ -269,18 +269,18 @@ def test_random_shift_moves_the_whole_image():
     pictures = torch.arange(2 * 3 * 5 * 7).double().reshape(2, 3, 5, 7)
     draw = CounterRNG(0, 0, torch.arange(2))
     steps = (draw.uniform("move", 2) * 5).long() - 2
-    found = random_translation(pictures, draw, pixels=2, fill=-1.0)
+    result = random_translation(pictures, draw, pixels=2, fill=-1.0)
     for sample in range(2):
         down, right = steps[sample].tolist()
         for row in range(5):
             for column in range(7):
                 i, j = row + down, column + right
                 own = pictures[sample, :, i, j] if 0 <= i < 5 and 0 <= j < 7 else torch.full((3,), -1.0).double()
-                assert torch.equal(found[sample, :, row, column], own)
+                assert torch.equal(result[sample, :, row, column], own)
 
 
 def test_color_jitter_is_within_limits():
-    found = color_jitter(torch.ones(500, 3, 1, 1), CounterRNG(0, 0, torch.arange(500)), gain=0.2, tint=0.1)[..., 0, 0]
-    assert 0.7 <= found.min() < 0.75
-    assert 1.25 < found.max() <= 1.3
-    assert float((found.amax(dim=1) - found.amin(dim=1)).max()) <= 0.2 + 1e-6
+    result = color_jitter(torch.ones(500, 3, 1, 1), CounterRNG(0, 0, torch.arange(500)), gain=0.2, tint=0.1)[..., 0, 0]
+    assert 0.7 <= result.min() < 0.75
+    assert 1.25 < result.max() <= 1.3
+    assert float((result.amax(dim=1) - result.amin(dim=1)).max()) <= 0.2 + 1e-6

@@ -51,8 +51,8 @@ def test_noise_level_is_a_property_of_the_sample():
     assert deviations.shape == (400, 3)
     assert 0 <= float(deviations.min()) < 0.1
     assert 2.9 < float(deviations.max()) <= 3
-    for place, (name, seen) in enumerate(list(full_batch(data, "train", train=True).items())[:3]):
-        d = deviations[:, place]
+    for position, (name, seen) in enumerate(list(full_batch(data, "train", train=True).items())[:3]):
+        d = deviations[:, position]
         rest = seen.flatten(1) * (1 + d.square()).sqrt()[:, None] - data.train.inputs[name].flatten(1)
         # The spread of 64 or more numbers, sample by sample.
         noisy = d > 0.1
@@ -68,8 +68,8 @@ def test_modality_depends_on_its_causes_only():
         inputs = torch.cat([inputs, torch.ones(len(inputs), 1)], dim=1)
         # Of rank 6 at most: the causes shown, and the mean.
         left = causes - inputs @ torch.linalg.lstsq(inputs, causes, rcond=1e-4, driver="gelsd").solution
-        found = left.square().mean(dim=0) / causes.square().mean(dim=0)
-        for part, shown in zip(found.tolist(), shows, strict=True):
+        result = left.square().mean(dim=0) / causes.square().mean(dim=0)
+        for part, shown in zip(result.tolist(), shows, strict=True):
             assert (part < 1e-3) if shown else (part > 0.9)
 
 

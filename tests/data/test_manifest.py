@@ -81,12 +81,12 @@ def test_batches_are_standardized_padded_and_masked(media_table):
     batch = data.batch("train", torch.arange(len(data.train)), seed=0, epoch=0, train=True)
     rows = data.rows["train"].tolist()
     for name, fixed in (("photo", True), ("sound", False), ("imu", False)):
-        missing = [place for place, row in enumerate(rows) if row == {"sound": 4, "photo": 5}.get(name)]
+        missing = [index for index, row in enumerate(rows) if row == {"sound": 4, "photo": 5}.get(name)]
         if name not in batch["mask"]:
             assert not missing
             continue
         mask = batch["mask"][name]
-        assert [place for place, has in enumerate(mask.reshape(len(rows), -1).any(dim=1)) if not has] == missing
+        assert [index for index, has in enumerate(mask.reshape(len(rows), -1).any(dim=1)) if not has] == missing
         valid = batch[name].movedim(1, -1)[mask].reshape(-1, 3) if fixed else batch[name][mask]
         assert valid.mean(dim=0).abs().max() < 1e-4
         assert (valid.std(dim=0, correction=0) - 1).abs().max() < 1e-3
@@ -131,9 +131,9 @@ def test_all_formats_give_the_same_batches(tmp_path, suffix):
     else:
         frame.to_csv(path, index=False, sep="," if suffix == "csv" else "\t")
     data = ManifestDataset(str(path), target="y")
-    whole = {name: data.readers["a"].read(np.arange(12)).values for name in ("once", "again")}
+    full = {name: data.readers["a"].read(np.arange(12)).values for name in ("once", "again")}
     expected = ManifestDataset(_csv(tmp_path, frame), target="y").readers["a"].read(np.arange(12)).values
-    assert torch.allclose(whole["once"], expected)
+    assert torch.allclose(full["once"], expected)
 
 
 def _csv(folder: Path, frame: pd.DataFrame) -> str:
@@ -216,13 +216,13 @@ def test_split_column_and_missing_splits(tmp_path):
         DataError, match="expected train, val or test in every row of the split column, got 'trian' in row 1"
     ):
         split_rows(2, split=["train", "trian"], group=None, classes=None, folds=5, fold=0, seed=0)
-    with warnings.catch_warnings(record=True) as found:
+    with warnings.catch_warnings(record=True) as result:
         warnings.simplefilter("always")
         split_rows(
             30, split=["train"] * 10 + ["val"] * 10 + ["test"] * 10, group=["a", "b"] * 15, classes=None, folds=5, fold=0,
             seed=0,
         )  # fmt: skip
-    assert "2 groups have rows in train and in val, such as 'a'" in str(found[0].message)
+    assert "2 groups have rows in train and in val, such as 'a'" in str(result[0].message)
 
 
 def test_sampling_weights(tmp_path):
@@ -233,8 +233,8 @@ def test_sampling_weights(tmp_path):
     drawn = torch.cat([batch["index"] for batch in loader(data, "train", 8, seed=0, train=True)])
     assert len(drawn) == len(data.train)
     assert (data.rows["train"][drawn.numpy()] >= 15).all()
-    whole = torch.cat([batch["index"] for batch in loader(data, "test", 8, seed=0, train=False)])
-    assert whole.tolist() == list(range(len(data.test)))
+    full = torch.cat([batch["index"] for batch in loader(data, "test", 8, seed=0, train=False)])
+    assert full.tolist() == list(range(len(data.test)))
 
 
 def test_unreadable_files_are_reported_before_training(media_table):
@@ -345,7 +345,7 @@ def test_arrays_of_one_shape_are_neither_cropped_nor_resized(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("array", "said"),
+    ("array", "message"),
     [
         (np.zeros(3), r"numbers of shape \(height, width\).*got float64 of shape \(3,\)"),
         (np.array([["a"]]), "got <U1 of shape"),
@@ -353,11 +353,11 @@ def test_arrays_of_one_shape_are_neither_cropped_nor_resized(tmp_path):
         (np.zeros((0, 3)), r"got float64 of shape \(0, 3, 1\)"),
     ],
 )
-def test_unreadable_arrays_raise(tmp_path, array, said):
+def test_unreadable_arrays_raise(tmp_path, array, message):
     for i in range(30):
         np.save(tmp_path / f"{i}.npy", array)
     path = write_table(tmp_path, a=[f"{i}.npy" for i in range(30)])
-    with pytest.raises(DataError, match=said):
+    with pytest.raises(DataError, match=message):
         ManifestDataset(str(path), target="label", kinds={"a": "array"})
 
 
@@ -420,9 +420,9 @@ def test_two_processes_share_batches_of_a_table(media_table):
 
     data = ManifestDataset(str(media_table), target="label")
     parts = [list(loader(data, "train", 6, seed=0, train=True, rank=rank, world=2)) for rank in (0, 1)]
-    whole = list(loader(data, "train", 6, seed=0, train=True, rank=0, world=1))
+    full = list(loader(data, "train", 6, seed=0, train=True, rank=0, world=1))
     # A last batch with fewer samples than processes is not used in training.
-    for one, other, batch in zip(*parts, whole[: len(parts[0])], strict=True):
+    for one, other, batch in zip(*parts, full[: len(parts[0])], strict=True):
         both = torch.cat([one["index"], other["index"]])
         assert set(both.tolist()) <= set(batch["index"].tolist())
         assert len(both) == len(batch["index"]) // 2 * 2

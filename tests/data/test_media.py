@@ -35,12 +35,12 @@ def png_bytes(width, height, depth, color, rows, extra=b""):
 
 def test_only_media_files_opens_images_and_sounds():
     package = Path(equipoise.__file__).parent
-    found = [
+    result = [
         path.relative_to(package).as_posix()
         for path in package.rglob("*.py")
         if re.search(r"Image\.open|import soundfile|torchaudio|librosa|exif_transpose|import wave\b", path.read_text())
     ]
-    assert found == ["data/media_files.py"]
+    assert result == ["data/media_files.py"]
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -58,11 +58,11 @@ def test_exif_orientation_is_applied(tmp_path, kind, orientation):
     path = tmp_path / f"a.{kind}"
     Image.fromarray(np.ascontiguousarray(stored)).save(path, exif=exif, **({"quality": 95} if kind == "jpg" else {}))
     for image in (path, Image.open(path)):
-        found = load_image(image)
-        assert (found.mode, found.size) == ("RGB", (32, 48))
+        result = load_image(image)
+        assert (result.mode, result.size) == ("RGB", (32, 48))
         # Compression blurs the edges.
-        assert np.abs(np.asarray(found)[4:12, 4:12] - 255.0).max() < 20
-        assert np.asarray(found)[20:, 20:].max() < 20
+        assert np.abs(np.asarray(result)[4:12, 4:12] - 255.0).max() < 20
+        assert np.asarray(result)[20:, 20:].max() < 20
     assert load_square_image(path, 24)[2, 6].min() > 200
 
 
@@ -75,10 +75,10 @@ def test_16_bit_images_are_scaled(tmp_path):
     Image.fromarray(RAMP).save(tmp_path / "deep.png")
     Image.fromarray(RAMP).save(tmp_path / "deep.tif")
     (tmp_path / "deep.pgm").write_bytes(b"P5 20 20 65535\n" + RAMP.astype(">u2").tobytes())
-    wanted = np.round(RAMP / 257)
+    expected = np.round(RAMP / 257)
     for image in (tmp_path / "deep.png", tmp_path / "deep.tif", tmp_path / "deep.pgm", Image.fromarray(RAMP)):
-        found = np.asarray(load_image(image))
-        assert np.array_equal(found, np.repeat(wanted[..., None], 3, axis=2))
+        result = np.asarray(load_image(image))
+        assert np.array_equal(result, np.repeat(expected[..., None], 3, axis=2))
     assert load_square_image(tmp_path / "deep.png", 20)[0, 0, 0] == 0
 
 
@@ -89,8 +89,8 @@ def test_16_bit_images_with_several_channels(tmp_path, channels):
         values[..., -1] = 65535
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
     (tmp_path / "a.png").write_bytes(png_bytes(20, 20, 16, {2: 4, 3: 2, 4: 6}[channels], rows))
-    found = np.asarray(load_image(tmp_path / "a.png")).astype(float)
-    assert np.abs(found - (RAMP / 257)[..., None]).max() <= 1
+    result = np.asarray(load_image(tmp_path / "a.png")).astype(float)
+    assert np.abs(result - (RAMP / 257)[..., None]).max() <= 1
 
 
 def test_16_bit_gray_with_transparent_value(tmp_path):
@@ -117,8 +117,8 @@ def test_transparent_palette_and_file_colors(tmp_path):
     palette.paste(1, (0, 0, 9, 3))
     for name, options in (("a.gif", {}), ("a.png", {}), ("b.png", {"transparency": bytes([255, 255, 255, 0])})):
         palette.save(tmp_path / name, **({"transparency": 3} | options))
-        found = load_image(tmp_path / name)
-        assert (found.getpixel((1, 1)), found.getpixel((5, 8))) == ((10, 20, 30), (255, 255, 255))
+        result = load_image(tmp_path / name)
+        assert (result.getpixel((1, 1)), result.getpixel((5, 8))) == ((10, 20, 30), (255, 255, 255))
     Image.new("RGB", (9, 9), (1, 2, 3)).save(tmp_path / "c.png", transparency=(1, 2, 3))
     assert load_image(tmp_path / "c.png").getpixel((0, 0)) == (255, 255, 255)
 
@@ -151,10 +151,10 @@ def test_first_frame_of_an_animation(tmp_path, kind):
 @pytest.mark.parametrize("kind", ["png", "jpg", "gif", "webp", "bmp", "tif", "ppm"])
 @pytest.mark.parametrize("kept", [0.1, 0.5, 0.9, -1])
 def test_truncated_images(tmp_path, kind, kept):
-    whole = tmp_path / f"whole.{kind}"
-    Image.effect_noise((64, 48), 90).convert("RGB").save(whole)
-    assert load_image(whole).size == (64, 48)
-    content = whole.read_bytes()
+    full = tmp_path / f"whole.{kind}"
+    Image.effect_noise((64, 48), 90).convert("RGB").save(full)
+    assert load_image(full).size == (64, 48)
+    content = full.read_bytes()
     size = len(content) - 1 if kept == -1 else int(kept * len(content))
     if kind == "jpg" and kept == -1:
         # All of the image is there; the end of its end is not.
@@ -218,19 +218,19 @@ def tone(rate, seconds=0.5, hertz=100.0):
 @pytest.mark.parametrize("channels", [1, 2, 3])
 def test_sample_formats_and_channels(tmp_path, subtype, channels):
     left = 0.5 * tone(16000)
-    values = np.stack([left * (1 if place == 0 else 0.5) for place in range(channels)], axis=1)
+    values = np.stack([left * (1 if index == 0 else 0.5) for index in range(channels)], axis=1)
     soundfile.write(tmp_path / "a.wav", values, 16000, subtype=subtype)
-    found = read_audio(tmp_path / "a.wav", 16000)
-    assert (found.shape, found.dtype) == ((8000,), np.float32)
-    assert np.abs(found - values.mean(axis=1)).max() < (0.02 if subtype in ("PCM_U8", "ULAW") else 1e-4)
+    result = read_audio(tmp_path / "a.wav", 16000)
+    assert (result.shape, result.dtype) == ((8000,), np.float32)
+    assert np.abs(result - values.mean(axis=1)).max() < (0.02 if subtype in ("PCM_U8", "ULAW") else 1e-4)
 
 
 @pytest.mark.parametrize("rate", [8000, 11025, 12345, 22050, 44100, 48000, 96000])
 def test_sampling_rates_are_resampled(tmp_path, rate):
     soundfile.write(tmp_path / "a.flac", tone(rate), rate)
-    found = read_audio(tmp_path / "a.flac", 16000)
-    assert abs(len(found) - 8000) <= 1
-    assert np.abs(found - tone(16000, len(found) / 16000 + 1e-9))[500:-500].max() < 0.01
+    result = read_audio(tmp_path / "a.flac", 16000)
+    assert abs(len(result) - 8000) <= 1
+    assert np.abs(result - tone(16000, len(result) / 16000 + 1e-9))[500:-500].max() < 0.01
 
 
 @pytest.mark.parametrize("kind", ["WAV", "RF64", "AIFF", "FLAC", "OGG", "WAVEX"])

@@ -44,10 +44,10 @@ def standardize(values):
 
 
 def test_splits_contain_retained_classes_only(full_and_held_out):
-    whole, part = full_and_held_out
+    complete, part = full_and_held_out
     assert part.num_outputs == len(KEPT)
     for name in ("train", "val", "test"):
-        full, left = whole.split(name), part.split(name)
+        full, left = complete.split(name), part.split(name)
         rows = [row for row, label in enumerate(full.target.tolist()) if label in KEPT]
         assert left.target.tolist() == [KEPT.index(int(full.target[row])) for row in rows]
         torch.testing.assert_close(
@@ -56,13 +56,13 @@ def test_splits_contain_retained_classes_only(full_and_held_out):
 
 
 def test_ood_split_contains_held_out_test_samples(full_and_held_out):
-    whole, part = full_and_held_out
-    rows = [row for row, label in enumerate(whole.test.target.tolist()) if label in HELD]
-    assert part.near_ood.target.tolist() == whole.test.target[rows].tolist()
+    full, part = full_and_held_out
+    rows = [row for row, label in enumerate(full.test.target.tolist()) if label in HELD]
+    assert part.near_ood.target.tolist() == full.test.target[rows].tolist()
     torch.testing.assert_close(
-        standardize(part.near_ood.inputs["audio"]), standardize(whole.test.inputs["audio"][rows]), **TOL[torch.float32]
+        standardize(part.near_ood.inputs["audio"]), standardize(full.test.inputs["audio"][rows]), **TOL[torch.float32]
     )
-    assert whole.near_ood is None
+    assert full.near_ood is None
 
 
 def test_statistics_exclude_held_out_samples(full_and_held_out):
@@ -136,13 +136,13 @@ def test_far_ood_inputs_use_the_data_preprocessing(full_and_held_out):
 def test_patches_are_crops_of_the_photographs(side):
     from sklearn.datasets import load_sample_images
 
-    found = photo_patches(13, side)
-    assert found.shape == (13, side, side)
+    result = photo_patches(13, side)
+    assert result.shape == (13, side, side)
     gray = [image.astype(np.float64).mean(axis=2) / 255 for image in load_sample_images().images]
-    for patch in found[:5].double().numpy():
+    for patch in result[:5].double().numpy():
         assert any(contains_patch(patch, image) for image in gray)
-    assert torch.equal(photo_patches(3, side), found[:3])
-    assert 0 <= found.min() < found.max() <= 1
+    assert torch.equal(photo_patches(3, side), result[:3])
+    assert 0 <= result.min() < result.max() <= 1
 
 
 def contains_patch(patch, image):
@@ -154,20 +154,20 @@ def contains_patch(patch, image):
 
 
 def test_far_ood_audio_signals():
-    found = synthetic_sounds(30)
-    assert found.shape == (30, 5120)
-    peaks = found.abs().amax(dim=1)
+    result = synthetic_sounds(30)
+    assert result.shape == (30, 5120)
+    peaks = result.abs().amax(dim=1)
     assert ((peaks >= 0.1 - TOL[torch.float32]["rtol"]) & (peaks <= 0.5 + TOL[torch.float32]["rtol"])).all()
-    assert (found[:, :159].abs().amax(dim=1) < TOL[torch.float64]["atol"]).all()
-    assert (found[:, -159:].abs().amax(dim=1) < TOL[torch.float64]["atol"]).all()
-    power = torch.fft.rfft(found.double()).abs().square()
+    assert (result[:, :159].abs().amax(dim=1) < TOL[torch.float64]["atol"]).all()
+    assert (result[:, -159:].abs().amax(dim=1) < TOL[torch.float64]["atol"]).all()
+    power = torch.fft.rfft(result.double()).abs().square()
     part = power / power.sum(dim=1, keepdim=True)
     # How many bins the power is spread over: fewest for a tone, most for noise.
     spread = torch.exp(-(part * part.clamp(min=1e-300).log()).sum(dim=1)).reshape(10, 3)
     assert (spread[:, 1] < spread[:, 2] / 5).all()
     assert (spread[:, 0] < spread[:, 2] / 2).all()
     assert spread[:, 0].median() > 3 * spread[:, 1].median()
-    assert torch.equal(synthetic_sounds(5), found[:5])
+    assert torch.equal(synthetic_sounds(5), result[:5])
 
 
 def test_generation_does_not_use_the_global_rng():
@@ -208,12 +208,12 @@ def test_fewer_than_two_retained_classes_raise(name):
 
 
 def test_data_without_ood_split_raises():
-    whole = data.load_dataset("digits")
+    full = data.load_dataset("digits")
     with pytest.raises(ConfigError, match=r"ood_split: expected a known kind, got 'nera'\. Did you mean 'near'"):
-        data.ood_split(whole, "nera")
+        data.ood_split(full, "nera")
     with pytest.raises(ConfigError, match=r"expected a data set with held-out classes, got Digits with none\."):
-        data.ood_split(whole, "near")
-    assert len(data.ood_split(whole, "far").test) == FAR_SAMPLES
+        data.ood_split(full, "near")
+    assert len(data.ood_split(full, "far").test) == FAR_SAMPLES
     for other in (data.load_dataset("generated", samples=20), RandomData(("text",))):
         with pytest.raises(
             ConfigError, match=rf"ood_split: expected a data set of images and sounds, got {type(other).__name__}"
@@ -222,12 +222,12 @@ def test_data_without_ood_split_raises():
 
 
 def test_recipe_with_held_out_classes():
-    made = recipe()
-    made.data["held_out"] = HELD
-    assert load_run_dataset(made, None).num_outputs == 7
-    made.data["held_out"] = [3, 12]
+    config = recipe()
+    config.data["held_out"] = HELD
+    assert load_run_dataset(config, None).num_outputs == 7
+    config.data["held_out"] = [3, 12]
     with pytest.raises(ConfigError, match=r"data set 'digits', Digits: expected held_out, .* got held_out = \[3, 12\]"):
-        load_run_dataset(made, None)
+        load_run_dataset(config, None)
     assert recipes.load_recipe("av_digits_ood").data["held_out"] == [7, 8, 9]
 
 
@@ -235,10 +235,10 @@ def test_recipe_with_held_out_classes():
 def test_data_card_code_runs(name):
     card = (Path(__file__).parents[2] / f"docs/data/{name}.md").read_text()
     for block in re.findall(r"```python\n(.*?)```", card, re.DOTALL):
-        found = {}
-        exec(block, found)
-    part = found["data"]
+        result = {}
+        exec(block, result)
+    part = result["data"]
     if name == "av_digits":
         assert "# 2,791 / 698 / 3,500 pairs" in card
         assert [len(part.split(split)) for split in ("train", "val", "test")] == [2791, 698, 3500]
-        assert [len(found[kind].dataset) for kind in ("near", "far")] == [1500, 1000]
+        assert [len(result[kind].dataset) for kind in ("near", "far")] == [1500, 1000]

@@ -79,9 +79,9 @@ def test_errors():
 def test_repeated_batches_never_share_an_optimizer_step():
     # 7 batches in groups of 3, each repeated: the seventh is dropped, since its repetitions would share a step.
     got = sampler_batches(20, 3, seed=0, shuffle=True, steps_per_batch=2, group=3)
-    whole = sampler_batches(20, 3, seed=0, shuffle=True)
-    assert got == whole[:3] * 2 + whole[3:6] * 2
-    assert sampler_batches(20, 3, seed=0, shuffle=True, steps_per_batch=1, group=3) == whole
+    full = sampler_batches(20, 3, seed=0, shuffle=True)
+    assert got == full[:3] * 2 + full[3:6] * 2
+    assert sampler_batches(20, 3, seed=0, shuffle=True, steps_per_batch=1, group=3) == full
     with pytest.raises(
         ConfigError, match=r"with steps_per_batch > 1, at least 3 batches per epoch.*got 2\. Lower train\.accumulate"
     ):

@@ -36,8 +36,8 @@ def scenes(level=2, seed=0, samples=SAMPLES):
 
 def sample_question(kind, seed, *, new=False, most=3):
     rng = np.random.default_rng(seed)
-    made = KINDS[kind](SceneSampler(rng, most, new))
-    return placed_objects(made, rng, size=SIZE, sides=(16, 24), step=8, overlap=0.0)
+    result = KINDS[kind](SceneSampler(rng, most, new))
+    return placed_objects(result, rng, size=SIZE, sides=(16, 24), step=8, overlap=0.0)
 
 
 def join_words(words):
@@ -54,8 +54,8 @@ def expected_answer(things, question):
     if question.startswith("is there"):
         return "yes" if any((thing.color, thing.shape) == tuple(words[3:]) for thing in things) else "no"
     if words[0] == "the":
-        found = next(thing for thing in things if (thing.color, thing.shape) == tuple(words[1:3]))
-        return "moving" if found.moving else "parked"
+        result = next(thing for thing in things if (thing.color, thing.shape) == tuple(words[1:3]))
+        return "moving" if result.moving else "parked"
     if words[2] in SIDES:
         axis, sign = SIDES[words[2]]
         here = next(thing for thing in things if thing.shape == words[-1]).center[axis]
@@ -68,28 +68,28 @@ def expected_answer(things, question):
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 10_000))
 def test_answers_are_correct_and_unique(kind, new, seed):
-    made = sample_question(kind, seed, new=new)
-    question, answer = join_words(made.question), join_words(made.answer)
-    assert expected_answer(made.things, question) == answer
-    assert expected_answer(tuple(reversed(made.things)), question) == answer
+    result = sample_question(kind, seed, new=new)
+    question, answer = join_words(result.question), join_words(result.answer)
+    assert expected_answer(result.things, question) == answer
+    assert expected_answer(tuple(reversed(result.things)), question) == answer
     assert encode_text(f"{question} {answer}")
 
 
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 10_000), new=st.booleans())
 def test_captions_list_objects_from_left_to_right(seed, new):
-    made = sample_question("caption", seed, new=new)
-    across = sorted(made.things, key=lambda thing: thing.center[0])
-    assert join_words(made.answer) == " and ".join(f"a {thing.color} {thing.shape}" for thing in across)
-    for word, where in made.answer:
-        assert all(word in (made.things[place].color, made.things[place].shape) for place in where)
+    result = sample_question("caption", seed, new=new)
+    across = sorted(result.things, key=lambda thing: thing.center[0])
+    assert join_words(result.answer) == " and ".join(f"a {thing.color} {thing.shape}" for thing in across)
+    for word, where in result.answer:
+        assert all(word in (result.things[index].color, result.things[index].shape) for index in where)
 
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_objects_are_inside_and_do_not_overlap(level):
     data = scenes(level)
-    for place in range(SAMPLES):
-        things = data.things("train", place)
+    for index in range(SAMPLES):
+        things = data.things("train", index)
         assert 1 <= len(things) <= LEVELS[level].most
         owner = np.full((SIZE, SIZE), -1)
         for thing in things:
@@ -113,13 +113,13 @@ def test_held_out_combinations_are_in_the_test_split_only():
     assert Counter(shape for _, shape in HELD_OUT) == dict.fromkeys(PARTS, 1)
     new = data.new("test")
     assert 0 < int(new.sum()) < len(new)
-    for place in new.nonzero()[:, 0].tolist():
-        held = [(t.color, t.shape) in HELD_OUT for t in data.things("test", place)]
-        text = " ".join(data.words("test", place))
+    for index in new.nonzero()[:, 0].tolist():
+        held = [(t.color, t.shape) in HELD_OUT for t in data.things("test", index)]
+        text = " ".join(data.words("test", index))
         assert any(held) or any(f"{c} {s}" in text for c, s in HELD_OUT) or "how many" in text
     for split in ("train", "val"):
-        for place in range(len(data.split(split))):
-            assert not any(f"{c} {s}" in " ".join(data.words(split, place)) for c, s in HELD_OUT)
+        for index in range(len(data.split(split))):
+            assert not any(f"{c} {s}" in " ".join(data.words(split, index)) for c, s in HELD_OUT)
 
 
 def test_answers_are_balanced():
@@ -129,8 +129,8 @@ def test_answers_are_balanced():
             join_words(KINDS[kind](SceneSampler(np.random.default_rng(seed), 3)).answer) for seed in range(400)
         )
         assert max(counts.values()) / 400 < most + 0.1
-    made = [KINDS["color"](SceneSampler(np.random.default_rng(seed), 3)) for seed in range(800)]
-    cars = Counter(join_words(part.answer) for part in made if part.question[-1][0] == "car")
+    result = [KINDS["color"](SceneSampler(np.random.default_rng(seed), 3)) for seed in range(800)]
+    cars = Counter(join_words(part.answer) for part in result if part.question[-1][0] == "car")
     assert set(cars) == {color for color, shape in KNOWN if shape == "car"}
 
 
@@ -141,17 +141,17 @@ def test_batches():
     assert batch["image"].dtype == torch.float32
     assert batch["text"].shape == batch["labels"].shape == (9, LONGEST)
     assert data.vocabulary["text"] == len(WORDS) > int(batch["text"].max())
-    for place in range(9):
-        text, labels = batch["text"][place], batch["labels"][place]
+    for index in range(9):
+        text, labels = batch["text"][index], batch["labels"][index]
         counted = labels != IGNORED
         assert torch.equal(labels[counted], text[counted])
-        caption = data.kinds("train")[place] == "caption"
+        caption = data.kinds("train")[index] == "caption"
         assert WORDS[text[0]] == "<image>"
         assert int(counted.sum()) == 1 if not caption else WORDS[labels[counted][-1]] == "<end>"
         # Nothing but padding stands behind what is predicted.
         last = int(counted.nonzero().max())
         assert set(text[last + 1 :].tolist()) <= {0}
-        assert int(batch["target"][place]) == (IGNORED if caption else int(labels[counted][0]))
+        assert int(batch["target"][index]) == (IGNORED if caption else int(labels[counted][0]))
 
 
 def test_scenes_depend_on_seed_only():
@@ -175,10 +175,10 @@ def test_regions_match_changed_pixels():
     """A thing's pixels are those that are not what they are without it; its patches are those that hold one."""
     data = scenes(samples=128)
     checked = 0
-    for place in range(32):
-        things = data.things("train", place)
-        regions = data.regions("train", torch.tensor([place]))[0]
-        for word, region in zip(data.words("train", place), regions, strict=False):
+    for index in range(32):
+        things = data.things("train", index)
+        regions = data.regions("train", torch.tensor([index]))[0]
+        for word, region in zip(data.words("train", index), regions, strict=False):
             if word in ("parked", "moving", "yes", "no", *NUMBERS) or not region.any():
                 continue
             named = [n for n, t in enumerate(things) if word in (t.color, t.shape, PLURALS[t.shape])]
@@ -188,28 +188,28 @@ def test_regions_match_changed_pixels():
             without = [thing for n, thing in enumerate(things) if n != named[0]]
             changed = (render_scene(things, SIZE)[0].astype(int) != render_scene(without, SIZE)[0]).any(axis=0)
             touched = changed.reshape(SIZE // PATCH, PATCH, SIZE // PATCH, PATCH).any(axis=(1, 3)).reshape(-1)
-            found = region.numpy()
-            assert not (found & ~touched).any()
+            result = region.numpy()
+            assert not (result & ~touched).any()
             # Between the patches with a pixel that is all its own, and those with one that it touches.
             pure = (render_scene(things, SIZE)[0].transpose(1, 2, 0) == COLORS[things[named[0]].color]).all(
                 axis=2
             ) & changed
-            assert not (patches_of(np.where(pure, 0, -1), [0], PATCH) & ~found).any()
+            assert not (patches_of(np.where(pure, 0, -1), [0], PATCH) & ~result).any()
             checked += 1
     assert checked > 15
 
 
 def test_words_without_object_have_no_region():
     data = scenes()
-    for place in range(SAMPLES):
-        words = data.words("train", place)
-        regions = data.regions("train", torch.tensor([place]))[0]
+    for index in range(SAMPLES):
+        words = data.words("train", index)
+        regions = data.regions("train", torch.tensor([index]))[0]
         if words[1:3] == ["is", "there"] and words[-1] == "no":
             assert not regions.any()
         for word, region in zip(words, regions, strict=False):
             if word in ("<image>", "what", "is", "a", "and", "the", "describe", "<end>"):
                 assert not region.any()
-        covered = data.covered("train", torch.tensor([place]))[0]
+        covered = data.covered("train", torch.tensor([index]))[0]
         assert not (regions & ~covered).any()
 
 

@@ -59,15 +59,15 @@ def test_words_that_are_too_long_raise():
 def expected_slips(ids, slips, uniform, letters):
     """Letter by letter: what is read, and where it stands."""
     placed = []
-    for place, number in enumerate(ids):
-        if number == 0 or (place and slips / 3 <= uniform[place] < 2 * slips / 3):
+    for index, number in enumerate(ids):
+        if number == 0 or (index and slips / 3 <= uniform[index] < 2 * slips / 3):
             continue
-        if uniform[place] < slips / 3:
-            number = 1 + int(letters[place] * len(LETTERS))
-        late = 2 * slips / 3 <= uniform[place] < slips
-        placed.append((place + 1.5 * late, number))
-    made = [number for _, number in sorted(placed)]
-    return made + [0] * (len(ids) - len(made))
+        if uniform[index] < slips / 3:
+            number = 1 + int(letters[index] * len(LETTERS))
+        late = 2 * slips / 3 <= uniform[index] < slips
+        placed.append((index + 1.5 * late, number))
+    result = [number for _, number in sorted(placed)]
+    return result + [0] * (len(ids) - len(result))
 
 
 @settings(max_examples=40, deadline=None)
@@ -75,9 +75,9 @@ def expected_slips(ids, slips, uniform, letters):
 def test_misspellings_against_a_loop(seed, slips):
     ids = spelled_digits().flatten(0, 1)
     draw = CounterRNG(seed, 0, torch.arange(len(ids)))
-    made = misspell(ids, slips, draw)
+    result = misspell(ids, slips, draw)
     uniform, letters = draw.uniform("slips", ids.shape[1]), draw.uniform("letters", ids.shape[1])
-    for row, got in enumerate(made.tolist()):
+    for row, got in enumerate(result.tolist()):
         assert got == expected_slips(ids[row].tolist(), slips, uniform[row].tolist(), letters[row].tolist())
         length = sum(number > 0 for number in got)
         assert 1 <= length <= len(decode_word(ids[row]))
@@ -87,10 +87,10 @@ def test_misspellings_against_a_loop(seed, slips):
 def test_misspelling_rate():
     """Of "seven": a letter is lost for a third of all slips, but for the first one."""
     count, slips = 6000, 0.3
-    made = misspell(letter_ids(["seven"] * count), slips, CounterRNG(0, 0, torch.arange(count)))
-    lost = 5 - (made > 0).sum(dim=1).float()
+    result = misspell(letter_ids(["seven"] * count), slips, CounterRNG(0, 0, torch.arange(count)))
+    lost = 5 - (result > 0).sum(dim=1).float()
     assert abs(float(lost.mean()) - 4 * slips / 3) < 5 * math.sqrt(4 * 0.1 * 0.9 / count)
-    exact = sum(decode_word(ids) == "seven" for ids in made) / count
+    exact = sum(decode_word(ids) == "seven" for ids in result) / count
     # All letters are right, some of them replaced by themselves; or the last ones are all late, which restores the word.
     late, right = slips / 3, 1 - slips + slips / 3 / len(LETTERS)
     expected = sum((right + slips / 3) * right ** (4 - behind) * late**behind for behind in range(5)) + late**5
@@ -119,12 +119,12 @@ def test_modalities_of_a_scene_have_equal_digits(scenes, digits):
         assert torch.equal(ordered[:, 0], ordered[:, 2])
         assert bool((ordered.diff(dim=2) > 0).all())
         # Of this split's own images and recordings, and of the digit that the target says.
-        for place, name in enumerate(digits.names):
+        for index, name in enumerate(digits.names):
             known = {bytes(row.numpy()): int(label) for row, label in zip(pool.inputs[name], pool.target, strict=True)}
             for row in (0, 1, len(pool) - 1):
                 for item in range(ITEMS):
                     shown = bytes(held_out.inputs[name][row, item].contiguous().numpy())
-                    assert known[shown] == held_out.target[row, place, item]
+                    assert known[shown] == held_out.target[row, index, item]
         meant = spelled_digits()[held_out.target[:, 2]]
         assert bool((held_out.inputs["text"][:, :, None] == meant).all(dim=3).any(dim=2).all())
 
@@ -143,9 +143,9 @@ def test_batches_are_deterministic_and_training_noise_varies(scenes):
         assert torch.equal(batch_of(scenes, "test")[name], batch_of(scenes, "test", seed=3, epoch=2)[name])
         first, again = (batch_of(scenes, "train", train=True, epoch=epoch)[name] for epoch in (0, 1))
         assert not torch.equal(first, again)
-    whole = batch_of(scenes, "val")
+    full = batch_of(scenes, "val")
     part = scenes.batch("val", ROWS[4:7], seed=0, epoch=0, train=False)
-    assert all(torch.equal(whole[name][4:7], part[name]) for name in whole)
+    assert all(torch.equal(full[name][4:7], part[name]) for name in full)
 
 
 def test_items_have_independent_noise(scenes):
@@ -193,7 +193,7 @@ def test_data_card_matches_the_data(scenes):
     exec(re.search(r"```python\n(.*?)```", card, re.DOTALL).group(1), {})
     for name, words in FORMS.items():
         assert f"| {name} | {' | '.join(words.split())} |" in card
-    made = batch_of(load_dataset("triples", items=4), "val")
+    result = batch_of(load_dataset("triples", items=4), "val")
     for row in range(3):
-        slipped = ", ".join(decode_word(ids) for ids in made["text"][row])
+        slipped = ", ".join(decode_word(ids) for ids in result["text"][row])
         assert slipped in card

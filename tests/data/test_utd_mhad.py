@@ -53,11 +53,11 @@ def test_splits_by_subject(published_data):
 
     for split, subjects in (("train", (1, 3, 5)), ("val", (7,)), ("test", (2, 4, 6, 8))):
         samples = published_data.split(split)
-        found = samples.mask["inertial"][samples.target == 4].sum(dim=1).tolist()
-        assert sorted(found) == sorted(length(5, s, t) for s in subjects for t in TRIALS)
+        result = samples.mask["inertial"][samples.target == 4].sum(dim=1).tolist()
+        assert sorted(result) == sorted(length(5, s, t) for s in subjects for t in TRIALS)
     trials = load_dataset("utd_mhad", root=DATA, validation="trial")
-    found = trials.val.mask["inertial"][trials.val.target == 4].sum(dim=1).tolist()
-    assert sorted(found) == sorted(length(5, s, 4) for s in (1, 3, 5, 7))
+    result = trials.val.mask["inertial"][trials.val.target == 4].sum(dim=1).tolist()
+    assert sorted(result) == sorted(length(5, s, 4) for s in (1, 3, 5, 7))
     assert len(trials.train) == 324
 
 

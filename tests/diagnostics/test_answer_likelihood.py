@@ -27,33 +27,33 @@ def answer_labels(ids, lengths):
 
 def expected_likelihood(logits, labels, *, shift):
     """The mean over all tokens of the answers."""
-    found = []
+    result = []
     for rows, words in zip(logits.double().tolist(), labels.tolist(), strict=True):
-        for place, word in enumerate(words):
-            if word != PADDED and place >= shift:
-                row = rows[place - shift]
+        for index, word in enumerate(words):
+            if word != PADDED and index >= shift:
+                row = rows[index - shift]
                 top = max(row)
-                found.append(row[word] - top - math.log(sum(math.exp(x - top) for x in row)))
-    return sum(found) / len(found), len(found)
+                result.append(row[word] - top - math.log(sum(math.exp(x - top) for x in row)))
+    return sum(result) / len(result), len(result)
 
 
 def build_case(name):
     """(model, inputs, labels, shift)."""
-    made, inputs = family(name)
+    model, inputs = family(name)
     if name == "whisper":
         labels = inputs.pop("decoder_input_ids")
         labels[1, -2:] = PADDED
-        return made, inputs, labels, 0
-    return made, inputs, answer_labels(inputs["input_ids"], (3, 2)), 1
+        return model, inputs, labels, 0
+    return model, inputs, answer_labels(inputs["input_ids"], (3, 2)), 1
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen3_vl", "blip2", "whisper", "llama"])
 def test_rows(name):
-    made, inputs, labels, shift = build_case(name)
+    model, inputs, labels, shift = build_case(name)
     given = {**inputs, "labels": labels} if name == "whisper" else inputs
-    rows = answer_effects(made, inputs, labels)
+    rows = answer_effects(model, inputs, labels)
     with torch.no_grad():
-        full, tokens = expected_likelihood(made(**given).logits, labels, shift=shift)
+        full, tokens = expected_likelihood(model(**given).logits, labels, shift=shift)
     assert rows[0] == {
         "change": "none", "of": None, "log_likelihood": pytest.approx(full, rel=SINGLE["rtol"]), "drop": 0.0,
         "tokens": tokens, "sites": 0,
@@ -67,33 +67,33 @@ def test_rows(name):
     ]
     for row in rows[1:]:
         block = without_modality if row["change"] == "mask" else with_quag
-        with torch.no_grad(), block(made, row["of"]) as found:
-            logits = made(**given).logits
+        with torch.no_grad(), block(model, row["of"]) as result:
+            logits = model(**given).logits
         left, _ = expected_likelihood(logits, labels, shift=shift)
         assert row["log_likelihood"] == pytest.approx(left, rel=SINGLE["rtol"])
         assert row["drop"] == rows[0]["log_likelihood"] - row["log_likelihood"]
-        assert row["sites"] == len(found.changed) > 0
+        assert row["sites"] == len(result.changed) > 0
         assert row["tokens"] == tokens
     assert len({row["log_likelihood"] for row in rows}) > 3 - (other is None)
 
 
 def test_modalities_without_tokens_have_no_row():
-    made, inputs, labels, _ = build_case("qwen3_vl")
+    model, inputs, labels, _ = build_case("qwen3_vl")
     words = {name: inputs[name].clone() for name in ("input_ids", "attention_mask")}
     words["input_ids"][words["input_ids"] == IMAGE] = 5
-    rows = answer_effects(made, words, labels, operators=("crossmodal", "avg-image", "avg-text"))
+    rows = answer_effects(model, words, labels, operators=("crossmodal", "avg-image", "avg-text"))
     assert [(row["change"], row["of"]) for row in rows] == [("none", None), ("mask", "text"), ("quag", "avg-text")]
-    assert [row["of"] for row in answer_effects(made, words, labels, operators=())] == [None, "text"]
+    assert [row["of"] for row in answer_effects(model, words, labels, operators=())] == [None, "text"]
 
 
 def test_user_labels():
-    made, inputs, labels, _ = build_case("llama")
+    model, inputs, labels, _ = build_case("llama")
     modality = torch.tensor([0] * 4 + [1] * 5 + [0] * 4)
-    rows = answer_effects(made, inputs, labels, operators=("avg-b",), modality=modality, names=("a", "b"))
+    rows = answer_effects(model, inputs, labels, operators=("avg-b",), modality=modality, names=("a", "b"))
     assert [row["of"] for row in rows] == [None, "a", "b", "avg-b"]
     moved = {**inputs, "input_ids": inputs["input_ids"].clone()}
     moved["input_ids"][:, 4:9] = 7
-    again = answer_effects(made, moved, labels, operators=(), modality=modality, names=("a", "b"))
+    again = answer_effects(model, moved, labels, operators=(), modality=modality, names=("a", "b"))
     assert again[2]["log_likelihood"] == rows[2]["log_likelihood"]
     assert again[0]["log_likelihood"] != rows[0]["log_likelihood"]
 
@@ -110,17 +110,17 @@ class Answering(nn.Module):
 
 
 def test_errors():
-    made, inputs, labels, _ = build_case("llava")
+    model, inputs, labels, _ = build_case("llava")
     with pytest.raises(
         ShapeError, match=r"answer_effects labels: expected \(batch, token\) = \(2, 13\) .* got \(2, 11\)"
     ):
-        answer_effects(made, inputs, labels[:, :11])
+        answer_effects(model, inputs, labels[:, :11])
     nothing = torch.full_like(labels, PADDED)
     nothing[:, 0] = 3
     with pytest.raises(ShapeError, match=r"labels: expected at least one answer token .*, got none. The first token"):
-        answer_effects(made, inputs, nothing)
+        answer_effects(model, inputs, nothing)
     with pytest.raises(ConfigError, match=r"answer_effects: expected a known operator, got 'avg-imag'. Did you mean"):
-        answer_effects(made, inputs, labels, operators=("avg-imag",))
+        answer_effects(model, inputs, labels, operators=("avg-imag",))
     clip, prompt = family("clip")
     with pytest.raises(
         ConfigError, match=r"a model that returns logits \(batch, token, word\), got CLIPOutput without"
@@ -136,16 +136,16 @@ def test_errors():
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_model_state_is_restored(fails):
-    made, inputs, labels, _ = build_case("llava")
-    made(**inputs)
-    made.train()
-    made.lm_head.eval()
-    before = hooks(made), [part.training for part in made.modules()], torch.random.get_rng_state().tolist()
+    model, inputs, labels, _ = build_case("llava")
+    model(**inputs)
+    model.train()
+    model.lm_head.eval()
+    before = hooks(model), [part.training for part in model.modules()], torch.random.get_rng_state().tolist()
     if fails:
         with pytest.raises(ShapeError):
-            answer_effects(made, inputs, labels[:, 1:])
+            answer_effects(model, inputs, labels[:, 1:])
     else:
-        first, second = (answer_effects(made, inputs, labels) for _ in range(2))
+        first, second = (answer_effects(model, inputs, labels) for _ in range(2))
         assert first == second
-    assert (hooks(made), [part.training for part in made.modules()], torch.random.get_rng_state().tolist()) == before
-    assert all(parameter.grad is None for parameter in made.parameters())
+    assert (hooks(model), [part.training for part in model.modules()], torch.random.get_rng_state().tolist()) == before
+    assert all(parameter.grad is None for parameter in model.parameters())

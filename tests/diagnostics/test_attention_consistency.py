@@ -36,8 +36,8 @@ ROUND = EYE[[1, 2, 0]]
 THREE = ("audio", "image", "text")
 
 
-def single_layer(found):
-    (layer,) = found.layers
+def single_layer(result):
+    (layer,) = result.layers
     return layer
 
 
@@ -64,23 +64,23 @@ def test_planted_maps_match_the_worked_example(case):
     assert (layer.pair_error, layer.spread) == pytest.approx((0, 0), abs=1e-6)
     # Of even maps, by the same table.
     assert layer.even == pytest.approx(0.6, abs=1e-4)
-    wanted = eq.consistency.supermatrix({(0, 1): maps[0], (0, 2): maps[1], (1, 2): maps[2]}).double()
-    torch.testing.assert_close(layer.matrix, wanted, rtol=0, atol=1e-6)
-    assert layer.spectrum == pytest.approx(np.linalg.svd(wanted.numpy(), compute_uv=False), abs=1e-5)
+    expected = eq.consistency.supermatrix({(0, 1): maps[0], (0, 2): maps[1], (1, 2): maps[2]}).double()
+    torch.testing.assert_close(layer.matrix, expected, rtol=0, atol=1e-6)
+    assert layer.spectrum == pytest.approx(np.linalg.svd(expected.numpy(), compute_uv=False), abs=1e-5)
     assert layer.ideal == (3, 3, 3, 0, 0, 0, 0, 0, 0)
 
 
 def test_planted_swap_is_reported_as_inconsistent_cycle():
-    found = eq.diagnostics.attention_consistency(planted_fusion(on=SWAP), [concept_batch()], tokens=TOKENS, worst=2)
-    assert [str(cycle) for cycle in found.worst.cycles] == [
+    result = eq.diagnostics.attention_consistency(planted_fusion(on=SWAP), [concept_batch()], tokens=TOKENS, worst=2)
+    assert [str(cycle) for cycle in result.worst.cycles] == [
         "audio 'bark' -> video 'dog' -> text 'man' -> audio 'noise'",
         "audio 'bark' -> text 'dog' -> video 'man' -> audio 'noise'",
     ]
-    assert found.worst.cycles[0].strength == pytest.approx(1, abs=1e-5)
-    assert found.worst.cycles[0].even == pytest.approx(1 / 27)
-    said = str(found).splitlines()
-    assert said[0].startswith("fusion.blocks.0.attention: score 0.75 (uniform attention 0.60), cycle error 0.67")
-    assert said[1] == "audio 'bark' -> video 'dog' -> text 'man' -> audio 'noise' (1.00)"
+    assert result.worst.cycles[0].strength == pytest.approx(1, abs=1e-5)
+    assert result.worst.cycles[0].even == pytest.approx(1 / 27)
+    message = str(result).splitlines()
+    assert message[0].startswith("fusion.blocks.0.attention: score 0.75 (uniform attention 0.60), cycle error 0.67")
+    assert message[1] == "audio 'bark' -> video 'dog' -> text 'man' -> audio 'noise' (1.00)"
     # What the swap leaves alone goes round well.
     all_ = single_layer(
         eq.diagnostics.attention_consistency(planted_fusion(on=SWAP), [concept_batch()], tokens=TOKENS, worst=99)
@@ -90,15 +90,15 @@ def test_planted_swap_is_reported_as_inconsistent_cycle():
 
 
 def test_two_modalities_have_round_trips_only():
-    made = planted_fusion(SWAP, names=NAMES[:2])
-    layer = single_layer(eq.diagnostics.attention_consistency(made, [concept_batch(NAMES[:2])]))
+    result = planted_fusion(SWAP, names=NAMES[:2])
+    layer = single_layer(eq.diagnostics.attention_consistency(result, [concept_batch(NAMES[:2])]))
     assert layer.score == pytest.approx(1, abs=1e-4)
     assert layer.cycle_error == layer.pair_error == pytest.approx(0, abs=1e-6)
     with torch.no_grad():
         # audio goes by the swap, and video back by identity.
-        weight = made.fusion.blocks[0].attention.query.weight
+        weight = result.fusion.blocks[0].attention.query.weight
         weight.copy_(weight.max() * eq.consistency.supermatrix({(0, 1): SWAP, (1, 0): EYE}).t())
-    layer = single_layer(eq.diagnostics.attention_consistency(made, [concept_batch(NAMES[:2])]))
+    layer = single_layer(eq.diagnostics.attention_consistency(result, [concept_batch(NAMES[:2])]))
     assert layer.cycle_error == layer.pair_error == pytest.approx(2 / 3, abs=1e-5)
     assert layer.cycles[0].way == ("audio token 1", "video token 2", "audio token 2")
 
@@ -114,7 +114,7 @@ class Recorded:
 
 def slow_samples(calls, count):
     """Per sample: {(i, j): map} by loops over queries and keys, heads first; None where a modality is missing."""
-    found = []
+    result = []
     for (query, key, _), kwargs in calls:
         labels, mask = kwargs["modality"].tolist(), kwargs["mask"]
         for b in range(len(query)):
@@ -133,15 +133,15 @@ def slow_samples(calls, count):
             for m, n in itertools.permutations(range(count), 2):
                 block = np.array([[rows[i][j] for j in places[n]] for i in places[m]])
                 blocks[m, n] = block / block.sum(axis=1, keepdims=True) if block.size else None
-            found.append(None if any(block is None for block in blocks.values()) else blocks)
-    return found
+            result.append(None if any(block is None for block in blocks.values()) else blocks)
+    return result
 
 
 def slow_scores(blocks, count):
     """Score, cycle error and pair error of one sample with any numbers of tokens."""
     sizes = [blocks[i, (i + 1) % count].shape[0] for i in range(count)]
-    whole = np.block([[np.eye(sizes[i]) if i == j else blocks[i, j] for j in range(count)] for i in range(count)])
-    both, total = (whole + whole.T) / 2, sum(sizes)
+    full = np.block([[np.eye(sizes[i]) if i == j else blocks[i, j] for j in range(count)] for i in range(count)])
+    both, total = (full + full.T) / 2, sum(sizes)
     score = (total - slow.effective_rank(both)) / (total - min(sizes))
     cycles = [
         ((blocks[i, j] @ blocks[j, k] - blocks[i, k]) ** 2).sum() / (2 * sizes[i])
@@ -158,34 +158,34 @@ def slow_scores(blocks, count):
 
 @pytest.mark.parametrize("names", [THREE[:2], THREE])
 def test_scores_against_loops_with_padding_and_missing_modalities(names):
-    made = joint_model(names, depth=2)
+    model = joint_model(names, depth=2)
     loader = [batch(names, size=5), batch(names, size=7, seed=1)]
     # Ends of audio are padding in some samples, and one sample has no text or image at all.
     lengths = torch.tensor([7, 3, 5, 7, 2])
     loader[0]["mask"] = {"audio": torch.arange(7) < lengths[:, None], names[-1]: torch.arange(5) != 3}
-    found = single_layer(eq.diagnostics.attention_consistency(made, loader))
-    recorded = Recorded(made.fusion.blocks[0].attention)
-    made.eval()
+    result = single_layer(eq.diagnostics.attention_consistency(model, loader))
+    recorded = Recorded(model.fusion.blocks[0].attention)
+    model.eval()
     with torch.no_grad():
         for inputs in loader:
-            made(inputs)
-    whole = [blocks for blocks in slow_samples(recorded.calls, len(names)) if blocks is not None]
-    wanted = np.mean([slow_scores(blocks, len(names)) for blocks in whole], axis=0)
-    assert found.samples == len(whole) == 11
-    got = (found.score, found.effective_rank, found.contradiction_excess, found.top_energy, found.cycle_error,
-           found.pair_error)  # fmt: skip
-    assert got == pytest.approx(wanted, rel=1e-8)
+            model(inputs)
+    full = [blocks for blocks in slow_samples(recorded.calls, len(names)) if blocks is not None]
+    expected = np.mean([slow_scores(blocks, len(names)) for blocks in full], axis=0)
+    assert result.samples == len(full) == 11
+    got = (result.score, result.effective_rank, result.contradiction_excess, result.top_energy, result.cycle_error,
+           result.pair_error)  # fmt: skip
+    assert got == pytest.approx(expected, rel=1e-8)
     # Lengths differ, so that the shortest decides into how many stretches audio is cut.
-    assert found.sizes[0] == 2
-    assert found.tokens[:2] == ("audio part 1 of 2", "audio part 2 of 2")
+    assert result.sizes[0] == 2
+    assert result.tokens[:2] == ("audio part 1 of 2", "audio part 2 of 2")
 
 
 def test_padding_changes_nothing():
-    made, short = joint_model(THREE, depth=2), batch(THREE)
+    model, short = joint_model(THREE, depth=2), batch(THREE)
     long = {name: values if name == "target" else nn.functional.pad(values, (0, 0, 0, 4), value=9.0)
             for name, values in short.items()}  # fmt: skip
     long["mask"] = {name: torch.arange(short[name].shape[1] + 4).expand(5, -1) < short[name].shape[1] for name in THREE}
-    one, other = (single_layer(eq.diagnostics.attention_consistency(made, [inputs])) for inputs in (short, long))
+    one, other = (single_layer(eq.diagnostics.attention_consistency(model, [inputs])) for inputs in (short, long))
     torch.testing.assert_close(one.matrix, other.matrix, **EXACT)
     assert (one.score, one.cycle_error) == pytest.approx((other.score, other.cycle_error))
 
@@ -193,51 +193,51 @@ def test_padding_changes_nothing():
 @settings(max_examples=6, deadline=None)
 @given(seed=st.integers(0, 999), order=st.permutations(range(CONCEPTS)))
 def test_token_names_do_not_matter(seed, order):
-    made, plain = joint_model(THREE, depth=2, seed=seed % 7), batch(THREE, seed=seed)
+    model, plain = joint_model(THREE, depth=2, seed=seed % 7), batch(THREE, seed=seed)
     other = {**plain, "text": plain["text"][:, list(order)]}
-    one, two = (single_layer(eq.diagnostics.attention_consistency(made, [inputs])) for inputs in (plain, other))
+    one, two = (single_layer(eq.diagnostics.attention_consistency(model, [inputs])) for inputs in (plain, other))
     for figure in ("score", "effective_rank", "contradiction_excess", "top_energy", "cycle_error", "pair_error"):
         assert getattr(one, figure) == pytest.approx(getattr(two, figure), rel=1e-6)
 
 
 def test_layers_with_complementary_maps_are_combined():
-    made = build_model(eq.fusion.MBT(DIM, depth=2, heads=2, exchange="cross"))
-    found = eq.diagnostics.attention_consistency(made, [batch(THREE)])
-    assert [layer.site for layer in found.layers] == [f"fusion.blocks.*.{number}.attention" for number in range(2)]
-    recorded = {name: Recorded(made.fusion.blocks[name][0].attention) for name in THREE}
-    made.eval()
+    model = build_model(eq.fusion.MBT(DIM, depth=2, heads=2, exchange="cross"))
+    result = eq.diagnostics.attention_consistency(model, [batch(THREE)])
+    assert [layer.site for layer in result.layers] == [f"fusion.blocks.*.{number}.attention" for number in range(2)]
+    recorded = {name: Recorded(model.fusion.blocks[name][0].attention) for name in THREE}
+    model.eval()
     with torch.no_grad():
-        made(batch(THREE))
-    sizes = found.layers[0].sizes
-    for place, name in enumerate(THREE):
+        model(batch(THREE))
+    sizes = result.layers[0].sizes
+    for index, name in enumerate(THREE):
         # Each block's own rows come first.
         (query, key, _), kwargs = recorded[name].calls[0]
-        weights = (query @ key.mT / math.sqrt(query.shape[-1])).softmax(dim=-1).mean(dim=1)[:, : sizes[place]]
+        weights = (query @ key.mT / math.sqrt(query.shape[-1])).softmax(dim=-1).mean(dim=1)[:, : sizes[index]]
         for other in range(3):
-            if other != place:
+            if other != index:
                 part = weights[..., kwargs["modality"] == other]
                 block = (part / part.sum(dim=-1, keepdim=True)).mean(dim=0)
-                rows, columns = ([sum(sizes[:i]), sum(sizes[: i + 1])] for i in (place, other))
-                torch.testing.assert_close(found.layers[0].matrix[slice(*rows), slice(*columns)], block, **EXACT)
+                rows, columns = ([sum(sizes[:i]), sum(sizes[: i + 1])] for i in (index, other))
+                torch.testing.assert_close(result.layers[0].matrix[slice(*rows), slice(*columns)], block, **EXACT)
 
 
 @pytest.mark.parametrize(
     "fusion", [eq.fusion.MidFusion(DIM, heads=2), eq.fusion.MODA(DIM, heads=2), eq.fusion.JointAttention(DIM, depth=3)]
 )
 def test_all_layers_with_cross_modal_attention(fusion):
-    found = eq.diagnostics.attention_consistency(build_model(fusion), [batch(THREE)])
-    last = len(found.layers)
-    assert [layer.site for layer in found.layers] == [f"fusion.blocks.{n}.attention" for n in range(last)]
-    assert found.skipped == {f"fusion.blocks.{last}.attention": "all queries are special tokens such as a class token"}
-    assert found.worst is max(found.layers, key=lambda layer: layer.cycle_error)
+    result = eq.diagnostics.attention_consistency(build_model(fusion), [batch(THREE)])
+    last = len(result.layers)
+    assert [layer.site for layer in result.layers] == [f"fusion.blocks.{n}.attention" for n in range(last)]
+    assert result.skipped == {f"fusion.blocks.{last}.attention": "all queries are special tokens such as a class token"}
+    assert result.worst is max(result.layers, key=lambda layer: layer.cycle_error)
 
 
 def test_token_similarity_in_place_of_attention():
     tokens = torch.randn(1, 3, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     names = {"audio": [2, 0, 1], "image": [0, 1, 2], "text": [1, 2, 0]}
-    made = eq.FusionModel({name: nn.Identity() for name in names}, eq.fusion.Concat(7), 2).double()
+    model = eq.FusionModel({name: nn.Identity() for name in names}, eq.fusion.Concat(7), 2).double()
     inputs = {name: tokens[:, order] for name, order in names.items()}
-    layer = single_layer(eq.diagnostics.attention_consistency(made, [inputs], source="tokens", temperature=0.01))
+    layer = single_layer(eq.diagnostics.attention_consistency(model, [inputs], source="tokens", temperature=0.01))
     assert (layer.site, layer.samples) == ("tokens", 1)
     assert layer.score == pytest.approx(1, abs=1e-3)
     there = torch.eye(3, dtype=torch.float64)[[2, 0, 1]]
@@ -252,11 +252,11 @@ def test_loader_is_read_up_to_the_limit():
             seen.append(seed)
             yield batch(THREE, seed=seed)
 
-    found = single_layer(eq.diagnostics.attention_consistency(joint_model(THREE, depth=2), loader(), samples=7))
-    assert (found.samples, seen) == (7, [0, 1])
+    result = single_layer(eq.diagnostics.attention_consistency(joint_model(THREE, depth=2), loader(), samples=7))
+    assert (result.samples, seen) == (7, [0, 1])
     both = {name: torch.cat([batch(THREE, seed=s)[name] for s in range(2)])[:7] for name in batch(THREE)}
     again = single_layer(eq.diagnostics.attention_consistency(joint_model(THREE, depth=2), [both]))
-    torch.testing.assert_close(found.matrix, again.matrix, **EXACT)
+    torch.testing.assert_close(result.matrix, again.matrix, **EXACT)
 
 
 def test_long_sequences_are_pooled():
@@ -276,18 +276,18 @@ def test_pooling_against_loops():
     sizes, parts = (5, 3), (2, 3)
     blocks = [torch.rand(5, 3, dtype=torch.float64), torch.rand(3, 5, dtype=torch.float64)]
     matrix = eq.consistency.supermatrix({(0, 1): blocks[0], (1, 0): blocks[1]})
-    found = pool_to_slots(matrix, sizes=sizes, parts=parts)
+    result = pool_to_slots(matrix, sizes=sizes, parts=parts)
     # Five tokens in two stretches: two and a half each.
     stretch = [[(0, 1.0), (1, 1.0), (2, 0.5)], [(2, 0.5), (3, 1.0), (4, 1.0)]]
     for part, tokens in enumerate(stretch):
         for other in range(3):
-            assert float(found[part, 2 + other]) == pytest.approx(
+            assert float(result[part, 2 + other]) == pytest.approx(
                 sum(w * float(blocks[0][t, other]) for t, w in tokens) / 2.5
             )
-            assert float(found[2 + other, part]) == pytest.approx(
+            assert float(result[2 + other, part]) == pytest.approx(
                 sum(w * float(blocks[1][other, t]) for t, w in tokens)
             )
-    assert torch.equal(found[:2, :2], torch.eye(2, dtype=torch.float64))
+    assert torch.equal(result[:2, :2], torch.eye(2, dtype=torch.float64))
     with pytest.raises(
         ShapeError,
         match=r"pool_to_slots parts: expected one number for each of \(5, 3\), from 1 to this size, got \(2, 4\)",
@@ -303,10 +303,10 @@ def test_spectral_scores_against_loops(sizes):
         for i, a in enumerate(sizes) for j, b in enumerate(sizes) if i != j
     }  # fmt: skip
     matrix = eq.consistency.supermatrix(blocks, symmetrize=True)
-    wanted = (eq.consistency.consistency_score(matrix, sizes=sizes), eq.consistency.effective_rank(matrix), contradiction_excess(matrix),
+    expected = (eq.consistency.consistency_score(matrix, sizes=sizes), eq.consistency.effective_rank(matrix), contradiction_excess(matrix),
               top_energy(matrix, sizes=sizes))  # fmt: skip
-    found = spectral(matrix, sizes=sizes)
-    assert [float(value) for value in found] == pytest.approx([float(value) for value in wanted], rel=1e-6, abs=1e-9)
+    result = spectral(matrix, sizes=sizes)
+    assert [float(value) for value in result] == pytest.approx([float(value) for value in expected], rel=1e-6, abs=1e-9)
 
 
 def test_ideal_scores_with_unequal_token_counts():
@@ -365,39 +365,39 @@ def test_invalid_options_raise(options, kind, message):
 
 
 def test_invalid_data_raise():
-    made = joint_model(THREE, depth=2)
+    model = joint_model(THREE, depth=2)
     with pytest.raises(ShapeError, match="expected at least one batch, got none"):
-        eq.diagnostics.attention_consistency(made, [])
+        eq.diagnostics.attention_consistency(model, [])
     with pytest.raises(ConfigError, match="expected two or more modalities, got one, 'audio'"):
         eq.diagnostics.attention_consistency(joint_model(("audio",), depth=2), [batch(("audio",))])
     broken = batch(THREE)
     broken["audio"][0, 0] = math.nan
     with pytest.raises(NonFiniteError, match="expected finite numbers, got NaN or infinity"):
-        eq.diagnostics.attention_consistency(made, [broken])
+        eq.diagnostics.attention_consistency(model, [broken])
     gone = {**batch(THREE), "mask": {"text": torch.zeros(5, dtype=torch.bool)}}
     with pytest.raises(ConfigError, match="no sample has maps between all modalities"):
-        eq.diagnostics.attention_consistency(made, [gone])
+        eq.diagnostics.attention_consistency(model, [gone])
     with pytest.raises(ConfigError, match="expected samples with tokens of all modalities, got none"):
-        eq.diagnostics.attention_consistency(made, [gone], source="tokens")
+        eq.diagnostics.attention_consistency(model, [gone], source="tokens")
 
 
 @pytest.mark.parametrize("ends", ["well", "with a user's error", "with the model's error"])
 def test_model_state_is_restored(ends):
-    made, loader = joint_model(depth=2, dropout=0.5).train(), [batch(seed=seed) for seed in range(2)]
-    made.fusion.eval()
-    made.loss(made(loader[0]).logits, loader[0]["target"]).backward()
+    model, loader = joint_model(depth=2, dropout=0.5).train(), [batch(seed=seed) for seed in range(2)]
+    model.fusion.eval()
+    model.loss(model(loader[0]).logits, loader[0]["target"]).backward()
     if ends == "with the model's error":
-        made.encoders["audio"] = FailingModel()
-    before = model_state(made, loader)
+        model.encoders["audio"] = FailingModel()
+    before = model_state(model, loader)
     if ends == "well":
-        eq.diagnostics.attention_consistency(made, loader)
+        eq.diagnostics.attention_consistency(model, loader)
     elif ends == "with a user's error":
         with pytest.raises(ShapeError, match="audio"):
-            eq.diagnostics.attention_consistency(made, loader, tokens={"audio": ()})
+            eq.diagnostics.attention_consistency(model, loader, tokens={"audio": ()})
     else:
         with pytest.raises(RuntimeError, match="broken"):
-            eq.diagnostics.attention_consistency(made, loader)
-    assert model_state(made, loader) == before
+            eq.diagnostics.attention_consistency(model, loader)
+    assert model_state(model, loader) == before
 
 
 @pytest.fixture(scope="module")
@@ -409,14 +409,14 @@ def swapped_diagnosis():
 
 def test_diagnosis_contains_score_and_maps(swapped_diagnosis, tmp_path):
     site = "fusion.blocks.0.attention"
-    found = eq.diagnostics.attention_consistency(planted_fusion(on=SWAP), [concept_batch(size=7)], tokens=TOKENS)
-    assert swapped_diagnosis.metrics[f"consistency/{site}"] == found.worst.score
-    assert swapped_diagnosis.metrics[f"cycle_error/{site}"] == found.worst.cycle_error
-    assert swapped_diagnosis.metrics[f"pair_error/{site}"] == found.worst.pair_error
+    result = eq.diagnostics.attention_consistency(planted_fusion(on=SWAP), [concept_batch(size=7)], tokens=TOKENS)
+    assert swapped_diagnosis.metrics[f"consistency/{site}"] == result.worst.score
+    assert swapped_diagnosis.metrics[f"cycle_error/{site}"] == result.worst.cycle_error
+    assert swapped_diagnosis.metrics[f"pair_error/{site}"] == result.worst.pair_error
     swapped_diagnosis.save(tmp_path)
     details = eq.Diagnosis.load(tmp_path).details["consistency"]["layers"][0]
-    assert details["cycles"][0]["way"] == list(found.worst.cycles[0].way)
-    torch.testing.assert_close(torch.tensor(details["matrix"]).double(), found.worst.matrix, rtol=0, atol=1e-4)
+    assert details["cycles"][0]["way"] == list(result.worst.cycles[0].way)
+    torch.testing.assert_close(torch.tensor(details["matrix"]).double(), result.worst.matrix, rtol=0, atol=1e-4)
     two = diagnose(planted_fusion(names=NAMES[:2]), [concept_batch(NAMES[:2])], tests=["consistency"])
     assert f"pair_error/{site}" in two.metrics
     assert f"cycle_error/{site}" not in two.metrics
@@ -442,8 +442,8 @@ def test_page_shows_maps_and_worst_cycle(swapped_diagnosis):
 @pytest.mark.parametrize("evil", EVIL)
 def test_token_names_are_escaped(evil):
     tokens = {**TOKENS, "video": (evil, "man", "street")}
-    found = diagnose(planted_fusion(on=SWAP), [concept_batch()], tokens=tokens, tests=["consistency"])
-    text = diagnosis_page([found.to_dict()])
+    result = diagnose(planted_fusion(on=SWAP), [concept_batch()], tokens=tokens, tests=["consistency"])
+    text = diagnosis_page([result.to_dict()])
     assert evil not in text
     assert text.count("<script") == 2
 
@@ -475,9 +475,9 @@ def test_uniform_maps_have_no_inconsistent_cycles_and_no_warnings():
     even = planted_fusion(sharpness=0.0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = diagnose(even, [concept_batch()], tests=["consistency"])
-    layer = found.details["consistency"]["layers"][0]
+        result = diagnose(even, [concept_batch()], tests=["consistency"])
+    layer = result.details["consistency"]["layers"][0]
     assert layer["score"] == pytest.approx(layer["even"])
     assert layer["score"] == pytest.approx(0.6)
-    text = diagnosis_page([found.to_dict()])
+    text = diagnosis_page([result.to_dict()])
     assert "No inconsistent cycle has 3 times its strength under uniform attention." in text

@@ -38,7 +38,7 @@ def slow_runs(starts, length):
 def slow_corrupt(values, level, kind, seed, std):
     """One number after the other, from the same draws in the order in which ``corrupt`` names them."""
     samples, steps, features = values.shape
-    random, found = generator(seed), values.clone()
+    random, result = generator(seed), values.clone()
 
     def normal(*shape):
         return torch.randn(shape, generator=random).double()
@@ -71,8 +71,8 @@ def slow_corrupt(values, level, kind, seed, std):
                 elif kind == "multibench_timeseries":
                     gone = dropped[i][t][f] or slow_runs(starts[i], 3)[t]
                     x = 0.0 if gone else x + level * float(noise[i, t])
-                found[i, t, f] = x
-    return found
+                result[i, t, f] = x
+    return result
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -80,8 +80,8 @@ def slow_corrupt(values, level, kind, seed, std):
 @given(st.floats(0.01, 1), st.integers(0, 1000), st.floats(0, 5))
 def test_against_loops(kind, level, seed, std):
     values = random_inputs(seed)
-    found = corrupt(values, level, kind, generator(seed), std)
-    torch.testing.assert_close(found, slow_corrupt(values, level, kind, seed, std), **EXACT)
+    result = corrupt(values, level, kind, generator(seed), std)
+    torch.testing.assert_close(result, slow_corrupt(values, level, kind, seed, std), **EXACT)
     assert torch.equal(values, random_inputs(seed))
 
 
@@ -90,8 +90,8 @@ def test_against_loops(kind, level, seed, std):
 def test_level_zero_is_the_identity(kind, dtype):
     values = random_inputs(dtype=dtype)
     values[0, 0], values[1, 1] = -0.0, math.nan
-    found = corrupt(values, 0, kind, generator())
-    assert torch.equal(found.view(torch.uint8), values.view(torch.uint8))
+    result = corrupt(values, 0, kind, generator())
+    assert torch.equal(result.view(torch.uint8), values.view(torch.uint8))
     assert corrupt(random_inputs(dtype=dtype), 0.5, kind, generator()).dtype == dtype
 
 
@@ -99,10 +99,10 @@ def test_level_zero_is_the_identity(kind, dtype):
 def test_any_number_of_axes(kind):
     for shape in ((7, 5), (7, 5, 3, 2)):
         values = random_inputs(shape=shape)
-        found = corrupt(values, 0.5, kind, generator())
-        assert found.shape == shape
-        assert not torch.equal(found, values)
-        assert found.isfinite().all()
+        result = corrupt(values, 0.5, kind, generator())
+        assert result.shape == shape
+        assert not torch.equal(result, values)
+        assert result.isfinite().all()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -123,8 +123,8 @@ def test_extreme_levels():
     torch.testing.assert_close(corrupt(values, 1, "mix", generator(), 2.0), 2 * noise, **EXACT)
     torch.testing.assert_close(corrupt(values, 1, "prob", generator(), 2.0), 2 * noise, **EXACT)
     assert not corrupt(values, 1, "multibench_timeseries", generator()).any()
-    whole = corrupt(values, 1, "multibench_audio", generator())
-    noisy = whole.flatten(1).any(dim=1)
+    full = corrupt(values, 1, "multibench_audio", generator())
+    noisy = full.flatten(1).any(dim=1)
     assert noisy.any()
     assert not noisy.all()
     assert (AUDIO_RUN, TIMESERIES_RUN) == (10, 3)
@@ -142,104 +142,104 @@ def test_corruption_rates():
     assert float((wide != 0).double().mean()) == pytest.approx(0.75**2, abs=0.02)
 
 
-def result_values(found):
-    return [*found.accuracy, *found.drop, found.area, *(found.share or ())]
+def result_values(result):
+    return [*result.accuracy, *result.drop, result.area, *(result.share or ())]
 
 
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("names", [("image",), ("audio", "image"), ("audio", "image", "text")], ids=len)
 def test_on_a_model(task, names):
-    made = attention_model(names, task=task, unimodal="none")
+    model = attention_model(names, task=task, unimodal="none")
     batches = [batch_for(task, names, seed=seed, missing=names[1:]) for seed in range(3)]
-    found = corruption_curve(made, batches, modality="image", kind="mix", levels=(1, 0, 0.3), seed=5, std=2.0)
-    made.eval()
-    for place, level in enumerate((1, 0, 0.3)):
+    result = corruption_curve(model, batches, modality="image", kind="mix", levels=(1, 0, 0.3), seed=5, std=2.0)
+    model.eval()
+    for index, level in enumerate((1, 0, 0.3)):
         outputs = []
         for number, part in enumerate(batches):
             noise = torch.randn(part["image"].shape, generator=generator(5 * 1_000_003 + number))
             damaged = (1 - level) * part["image"] + level * 2 * noise.double()
             with torch.no_grad():
-                outputs.append(made({**part, "image": damaged}))
+                outputs.append(model({**part, "image": damaged}))
         logits = torch.cat([output.logits for output in outputs]).tolist()
         target = torch.cat([part["target"] for part in batches]).tolist()
         share = torch.cat([output.share for output in outputs])[..., names.index("image")]
-        assert found.accuracy[place] == pytest.approx(slow_score(logits, target, task), abs=SINGLE["atol"])
-        assert found.share[place] == pytest.approx(float(share.mean()), rel=SINGLE["rtol"])
-        assert found.drop[place] == found.accuracy[1] - found.accuracy[place]
-    assert found.area == pytest.approx(sum(found.accuracy) / 3)
-    assert (found.levels, found.modality, found.kind) == ((1.0, 0.0, 0.3), "image", "mix")
+        assert result.accuracy[index] == pytest.approx(slow_score(logits, target, task), abs=SINGLE["atol"])
+        assert result.share[index] == pytest.approx(float(share.mean()), rel=SINGLE["rtol"])
+        assert result.drop[index] == result.accuracy[1] - result.accuracy[index]
+    assert result.area == pytest.approx(sum(result.accuracy) / 3)
+    assert (result.levels, result.modality, result.kind) == ((1.0, 0.0, 0.3), "image", "mix")
 
 
 def test_drop_is_relative_to_clean_input():
-    made, batches = attention_model(task="regression", unimodal="none"), [batch_for("regression")]
-    whole = corruption_curve(made, batches, modality="audio", levels=(0, 0.5, 1))
-    part = corruption_curve(made, lambda: batches, modality="audio", levels=[0.5, 1])
-    assert part.drop == whole.drop[1:]
+    model, batches = attention_model(task="regression", unimodal="none"), [batch_for("regression")]
+    full = corruption_curve(model, batches, modality="audio", levels=(0, 0.5, 1))
+    part = corruption_curve(model, lambda: batches, modality="audio", levels=[0.5, 1])
+    assert part.drop == full.drop[1:]
     assert part.area == pytest.approx((part.accuracy[0] + part.accuracy[1]) / 2)
-    assert whole.drop[0] == 0
-    assert whole.drop[2] != 0
+    assert full.drop[0] == 0
+    assert full.drop[2] != 0
 
 
 def test_default_std_is_that_of_the_data():
-    made, batches = (
+    model, batches = (
         attention_model(task="regression", unimodal="none"),
         [batch_for("regression", seed=seed) for seed in range(2)],
     )
     std = torch.cat([part["audio"].flatten() for part in batches]).std(correction=0)
     assert float(std) == pytest.approx(input_statistics(batches, "audio", who="test")[1])
-    default, given = (corruption_curve(made, batches, modality="audio", std=value) for value in (None, float(std)))
+    default, given = (corruption_curve(model, batches, modality="audio", std=value) for value in (None, float(std)))
     assert result_values(default) == pytest.approx(result_values(given))
-    assert default.drop != corruption_curve(made, batches, modality="audio", std=2 * float(std)).drop
+    assert default.drop != corruption_curve(model, batches, modality="audio", std=2 * float(std)).drop
 
 
 def test_noise_depends_on_seed_and_batch_index():
-    made, batches = attention_model(task="regression", unimodal="none"), [batch_for("regression")] * 2
-    first = corruption_curve(made, batches, modality="audio", seed=1, levels=(0.5,))
+    model, batches = attention_model(task="regression", unimodal="none"), [batch_for("regression")] * 2
+    first = corruption_curve(model, batches, modality="audio", seed=1, levels=(0.5,))
     # The same batch as number 0 and 1 has different noise; noise of number 0 does not hang on what follows.
-    alone = corruption_curve(made, batches[:1], modality="audio", seed=1, levels=(0.5,))
+    alone = corruption_curve(model, batches[:1], modality="audio", seed=1, levels=(0.5,))
     assert first.accuracy != alone.accuracy
     torch.manual_seed(99)
-    assert result_values(corruption_curve(made, batches, modality="audio", seed=1, levels=(0.5,))) == result_values(
+    assert result_values(corruption_curve(model, batches, modality="audio", seed=1, levels=(0.5,))) == result_values(
         first
     )
-    assert corruption_curve(made, batches, modality="audio", seed=2, levels=(0.5,)).accuracy != first.accuracy
+    assert corruption_curve(model, batches, modality="audio", seed=2, levels=(0.5,)).accuracy != first.accuracy
     # A level has the same noise whichever other levels there are.
-    more = corruption_curve(made, batches, modality="audio", seed=1, levels=(1, 0.5))
+    more = corruption_curve(model, batches, modality="audio", seed=1, levels=(1, 0.5))
     assert more.accuracy[1] == first.accuracy[0]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_all_kinds_on_a_static_fusion(kind):
-    made = attention_model(fusion=eq.fusion.Concat(12), task="regression", unimodal="none")
-    found = corruption_curve(made, [batch_for("regression")], modality="audio", kind=kind)
-    assert found.share is None
-    assert found.levels == (0.0, 0.25, 0.5, 0.75, 1.0)
-    assert len(set(found.accuracy)) > 2
+    model = attention_model(fusion=eq.fusion.Concat(12), task="regression", unimodal="none")
+    result = corruption_curve(model, [batch_for("regression")], modality="audio", kind=kind)
+    assert result.share is None
+    assert result.levels == (0.0, 0.25, 0.5, 0.75, 1.0)
+    assert len(set(result.accuracy)) > 2
 
 
 def test_errors():
-    made = joint_model()
+    model = joint_model()
     with pytest.raises(
         ConfigError, match=r"corruption_curve: expected a known modality, got 'imag'. Did you mean 'ima"
     ):
-        corruption_curve(made, [batch()], modality="imag")
+        corruption_curve(model, [batch()], modality="imag")
     with pytest.raises(ConfigError, match=r"corruption_curve: expected a known kind, got 'mixed'. Did you mean 'mix'"):
-        corruption_curve(made, [batch()], modality="image", kind="mixed")
+        corruption_curve(model, [batch()], modality="image", kind="mixed")
     with pytest.raises(ConfigError, match="corruption_curve: expected one or more levels, got none"):
-        corruption_curve(made, [batch()], modality="image", levels=())
+        corruption_curve(model, [batch()], modality="image", levels=())
     for level in (-0.1, 1.5, math.nan):
         with pytest.raises(ConfigError, match=f"corruption_curve: expected a level from 0 to 1, got {level}"):
-            corruption_curve(made, [batch()], modality="image", levels=(0, level))
+            corruption_curve(model, [batch()], modality="image", levels=(0, level))
     with pytest.raises(ShapeError, match=r"corruption_curve 'image': expected a floating tensor .* got NoneType"):
-        corruption_curve(made, [{**batch(), "image": None}], modality="image")
+        corruption_curve(model, [{**batch(), "image": None}], modality="image")
     with pytest.raises(ShapeError, match=r"at least one batch, got none. Is the split empty, or the loader used up"):
-        corruption_curve(made, iter([batch()]), modality="image")
+        corruption_curve(model, iter([batch()]), modality="image")
     without = {name: value for name, value in batch().items() if name != "target"}
     with pytest.raises(ShapeError, match="corruption_curve: expected a target for each of 5 samples, got 0"):
-        corruption_curve(made, [without], modality="image")
+        corruption_curve(model, [without], modality="image")
     broken = {**batch(), "audio": torch.full((5, 7, 3), math.nan).double()}
     with pytest.raises(NonFiniteError, match="corruption_curve: expected logits without NaN, got NaN for 5 of 5"):
-        corruption_curve(made, [broken], modality="image")
+        corruption_curve(model, [broken], modality="image")
     nameless = torch.nn.Linear(2, 3)
     with pytest.raises(ConfigError, match=r"read: expected a FusionModel, .* got Linear without names"):
         corruption_curve(nameless, [batch()], modality="image")

@@ -72,23 +72,23 @@ UNUSED_NORM = 2 * 768
 
 
 def test_published_table(published_model):
-    found = cost(published_model, PICTURES, convention="thop")
-    assert found.parameters + UNUSED_NORM == 59_871_762
-    assert round(found.gflops, 4) == 1489.1288
+    result = cost(published_model, PICTURES, convention="thop")
+    assert result.parameters + UNUSED_NORM == 59_871_762
+    assert round(result.gflops, 4) == 1489.1288
     balancer = RollingQ(published_model.fusion.attention)
     try:
         rolling = cost(published_model, PICTURES, convention="thop")
     finally:
         balancer.detach()
     assert rolling.parameters + UNUSED_NORM == 60_461_586
-    assert rolling.parameters - found.parameters == 589_824
+    assert rolling.parameters - result.parameters == 589_824
     assert round(rolling.gflops, 4) == 1489.2043
 
 
 def test_published_parameter_count(published_model):
     # The release also holds two unused bottleneck tokens for each modality.
-    found = sum(p.numel() for p in published_model.parameters())
-    assert found + UNUSED_NORM + 2 * 2 * 768 == 60_164_370
+    result = sum(p.numel() for p in published_model.parameters())
+    assert result + UNUSED_NORM + 2 * 2 * 768 == 60_164_370
 
 
 def published_with(fusion, *, norms=True):
@@ -110,21 +110,21 @@ def published_with(fusion, *, norms=True):
 def test_published_mbt():
     # The release has its norms behind the last fused block, and none between encoder and fusion.
     model = published_with(lambda: MBT(768, depth=4, bottlenecks=2), norms=False)
-    found = cost(model, PICTURES, convention="thop")
+    result = cost(model, PICTURES, convention="thop")
     heads = 2 * 4_614
-    assert found.parameters == 114_206_220 - heads + 3 * 4_614
-    assert round(found.gflops, 4) == round(2746.8961 + 0.0018, 4)
-    assert (round(found.parameters / 1e6, 2), round(found.gflops, 2)) == (114.21, 2746.90)
+    assert result.parameters == 114_206_220 - heads + 3 * 4_614
+    assert round(result.gflops, 4) == round(2746.8961 + 0.0018, 4)
+    assert (round(result.parameters / 1e6, 2), round(result.gflops, 2)) == (114.21, 2746.90)
 
 
 def test_published_mmml():
     # Its head is narrower than the released code's 512: with 384 both figures come out.
     model = published_with(lambda: MMML(768, depth=1, heads=12, hidden=384))
     assert sum(p.numel() for p in model.fusion.layers.parameters()) == 18_903_552
-    found = cost(model, PICTURES, convention="thop")
+    result = cost(model, PICTURES, convention="thop")
     probes = 2 * 4_614
-    assert (round(found.parameters / 1e6, 2), round(found.gflops, 2)) == (77.88, 1828.29)
-    assert round(found.gflops - probes * 2 * 64 / 1e9, 3) == 1828.288
+    assert (round(result.parameters / 1e6, 2), round(result.gflops, 2)) == (77.88, 1828.29)
+    assert round(result.gflops - probes * 2 * 64 / 1e9, 3) == 1828.288
     wide = published_with(lambda: MMML(768, depth=1, heads=12))
     assert round(cost(wide, PICTURES, convention="thop").parameters / 1e6, 2) == 77.98
 
@@ -137,9 +137,9 @@ def test_published_jmt_is_close():
     unseen = [part for attention in attentions for part in attention.modules() if isinstance(part, nn.Linear)]
     for part in unseen:
         part.register_forward_hook(lambda m, x, y: macs.append(y.numel() * m.in_features))
-    found = cost(model, PICTURES, convention="thop")
-    parameters = found.parameters - sum(p.numel() for part in unseen for p in part.parameters())
-    gflops = found.gflops - 2 * 64 * sum(macs) / 1e9
+    result = cost(model, PICTURES, convention="thop")
+    parameters = result.parameters - sum(p.numel() for part in unseen for p in part.parameters())
+    gflops = result.gflops - 2 * 64 * sum(macs) / 1e9
     # One joining layer and three feed-forward pairs are the 8 d^2 of the table; over 197 places they are all its cost.
     norms, head, probes = 6 * 2 * 768, 6 * 768 * 6 + 6, 2 * 4_614
     assert parameters == 57_494_016 + 8 * 768**2 + 7 * 768 + norms + head + probes
@@ -150,16 +150,16 @@ def test_published_jmt_is_close():
 
 
 def test_class_token_row_costs_less(published_model):
-    whole = cost(published_model, PICTURES, convention="full")
+    full = cost(published_model, PICTURES, convention="full")
     published_model.fusion.shortcut = True
     try:
         short = cost(published_model, PICTURES, convention="full")
     finally:
         published_model.fusion.shortcut = False
-    assert short.parameters == whole.parameters
+    assert short.parameters == full.parameters
     # Q and output projection of 374 of 375 rows, and their scores and sums; shares cost a little in either.
     saved = 374 * (2 * 2 * 768**2 + 2 * 2 * 375 * 768)
-    assert whole.flops - short.flops == pytest.approx(saved, rel=0.01)
+    assert full.flops - short.flops == pytest.approx(saved, rel=0.01)
 
 
 # By hand
@@ -172,7 +172,7 @@ def test_full_count_of_a_fusion_model(batch, heads):
     size = {"patch": 2, "dim": d, "depth": 2, "heads": heads}
     encoders = {"audio": PatchEncoder(1, (4, 6), **size), "image": PatchEncoder(3, (10, 4), **size)}
     model = FusionModel(encoders, JointAttention(d, heads=heads), outputs)
-    found = cost(model, {"audio": torch.zeros(batch, 1, 4, 6), "image": torch.zeros(batch, 3, 10, 4)})
+    result = cost(model, {"audio": torch.zeros(batch, 1, 4, 6), "image": torch.zeros(batch, 3, 10, 4)})
     macs = 0
     for name, channels in (("audio", 1), ("image", 3)):
         n = tokens[name]
@@ -182,10 +182,10 @@ def test_full_count_of_a_fusion_model(batch, heads):
     macs += 2 * d * d + 2 * keys * d * d + 2 * keys * d
     macs += 3 * d * outputs
     # One row's shares cost at most a product of its attention with the keys' labels, in each head.
-    assert macs <= found.macs <= macs + heads * keys * 2
-    assert found.flops == 2 * found.macs
-    assert found.parameters == sum(p.numel() for p in model.parameters())
-    assert found.gflops == found.flops / 1e9
+    assert macs <= result.macs <= macs + heads * keys * 2
+    assert result.flops == 2 * result.macs
+    assert result.parameters == sum(p.numel() for p in model.parameters())
+    assert result.gflops == result.flops / 1e9
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -193,23 +193,23 @@ def test_full_count_of_a_fusion_model(batch, heads):
 def test_full_counts_fused_attention(dtype, masked):
     query, key, value = (torch.zeros(2, 3, n, 8, dtype=dtype) for n in (5, 7, 7))
     mask = torch.ones(5, 7, dtype=torch.bool) if masked else None
-    found = cost(Plain(), [query, key, value] + ([mask] if masked else []))
-    assert found.macs == 3 * 5 * 7 * (8 + 8)
-    assert found.parameters == 0
+    result = cost(Plain(), [query, key, value] + ([mask] if masked else []))
+    assert result.macs == 3 * 5 * 7 * (8 + 8)
+    assert result.parameters == 0
 
 
 def test_full_counts_operations_in_the_fast_path():
     layer = nn.TransformerEncoderLayer(10, 5, 13, batch_first=True).eval()
-    found = cost(layer, torch.zeros(2, 7, 10))
-    assert found.macs == 7 * (4 * 10 * 10 + 2 * 10 * 13) + 2 * 7 * 7 * 10
-    assert found.parameters == sum(p.numel() for p in layer.parameters())
+    result = cost(layer, torch.zeros(2, 7, 10))
+    assert result.macs == 7 * (4 * 10 * 10 + 2 * 10 * 13) + 2 * 7 * 7 * 10
+    assert result.parameters == sum(p.numel() for p in layer.parameters())
 
 
 def test_thop_rules():
     batch = torch.zeros(2, 4, 7, 7)
-    found = cost(nn.Conv2d(4, 6, (3, 5), groups=2), batch, convention="thop")
-    assert found.macs == 6 * 5 * 3 * (4 // 2) * 3 * 5
-    assert found.parameters == 6 * 2 * 3 * 5 + 6
+    result = cost(nn.Conv2d(4, 6, (3, 5), groups=2), batch, convention="thop")
+    assert result.macs == 6 * 5 * 3 * (4 // 2) * 3 * 5
+    assert result.parameters == 6 * 2 * 3 * 5 + 6
     assert cost(nn.BatchNorm2d(4), batch, convention="thop").macs == 4 * 4 * 49
     assert cost(nn.LayerNorm(7), batch, convention="thop").macs == 4 * 4 * 49
     bare = cost(nn.LayerNorm(7, elementwise_affine=False), batch, convention="thop")
@@ -219,20 +219,20 @@ def test_thop_rules():
 
 def test_thop_excludes_attention_products_embeddings_and_multihead_attention():
     layer = nn.TransformerEncoderLayer(10, 5, 13, batch_first=True)
-    found = cost(layer, torch.zeros(2, 7, 10), convention="thop")
-    assert found.macs == 7 * (2 * 10 * 13 + 2 * 4 * 10)
-    assert found.parameters == (10 * 13 + 13) + (13 * 10 + 10) + 2 * 20
+    result = cost(layer, torch.zeros(2, 7, 10), convention="thop")
+    assert result.macs == 7 * (2 * 10 * 13 + 2 * 4 * 10)
+    assert result.parameters == (10 * 13 + 13) + (13 * 10 + 10) + 2 * 20
     encoder = PatchEncoder(1, (4, 6), patch=2, dim=14, depth=1, heads=2)
     tables = 14 + 7 * 14
-    found = cost(encoder, torch.zeros(2, 1, 4, 6), convention="thop")
-    assert found.parameters == sum(p.numel() for p in encoder.parameters()) - tables
-    assert found.macs == 6 * 14 * 4 + 7 * (12 * 14 * 14 + 3 * 4 * 14)
+    result = cost(encoder, torch.zeros(2, 1, 4, 6), convention="thop")
+    assert result.parameters == sum(p.numel() for p in encoder.parameters()) - tables
+    assert result.macs == 6 * 14 * 4 + 7 * (12 * 14 * 14 + 3 * 4 * 14)
 
 
 def test_thop_counts_parameters_once_and_every_call():
     shared = nn.Linear(5, 5)
-    found = cost(nn.Sequential(shared, shared), torch.zeros(3, 5), convention="thop")
-    assert (found.parameters, found.macs) == (30, 50)
+    result = cost(nn.Sequential(shared, shared), torch.zeros(3, 5), convention="thop")
+    assert (result.parameters, result.macs) == (30, 50)
 
 
 @pytest.mark.parametrize("heads", [1, 7])
@@ -258,9 +258,9 @@ def test_batch_size_scales_gflops_only():
 
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_views_of_tensors_with_gradient_are_counted(requires_grad):
-    found = cost(ViewModel(), torch.zeros(2, 7, 11, requires_grad=requires_grad))
-    assert found.macs == (1 + 7) * 5 * 3
-    assert found.parameters == 5 + 5 * 3 + 3
+    result = cost(ViewModel(), torch.zeros(2, 7, 11, requires_grad=requires_grad))
+    assert result.macs == (1 + 7) * 5 * 3
+    assert result.parameters == 5 + 5 * 3 + 3
 
 
 # No trace

@@ -26,11 +26,11 @@ def normal(seed, *shape):
 @given(st.floats(0.2, 1.2), st.floats(-3.0, 0.0), st.integers(2, 13))
 def test_exponential_decay_is_recovered(gamma, intercept, layers):
     alpha = torch.tensor([math.exp(intercept) * gamma**layer for layer in range(1, layers + 1)], dtype=torch.float64)
-    found = link_decay(alpha)
-    assert found.gamma == pytest.approx(gamma)
-    assert found.intercept == pytest.approx(intercept, abs=1e-7)
+    result = link_decay(alpha)
+    assert result.gamma == pytest.approx(gamma)
+    assert result.intercept == pytest.approx(intercept, abs=1e-7)
     if abs(gamma - 1) > 0.01:
-        assert found.r2 == pytest.approx(1.0)
+        assert result.r2 == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -39,11 +39,11 @@ def test_least_squares(seed):
     slope, intercept = np.polyfit(np.arange(1, 12), logs.numpy(), 1)
     rest = [value - intercept - slope * layer for layer, value in enumerate(logs.tolist(), start=1)]
     total = [value - mean(logs.tolist()) for value in logs.tolist()]
-    found = link_decay(logs.exp())
-    assert found.gamma == pytest.approx(math.exp(slope), **NUMBER)
-    assert found.intercept == pytest.approx(intercept, **NUMBER)
-    assert found.r2 == pytest.approx(1 - sum(r * r for r in rest) / sum(t * t for t in total), **NUMBER)
-    assert 0 < found.r2 < 1
+    result = link_decay(logs.exp())
+    assert result.gamma == pytest.approx(math.exp(slope), **NUMBER)
+    assert result.intercept == pytest.approx(intercept, **NUMBER)
+    assert result.r2 == pytest.approx(1 - sum(r * r for r in rest) / sum(t * t for t in total), **NUMBER)
+    assert 0 < result.r2 < 1
 
 
 def test_constant_and_missing_links():
@@ -67,15 +67,15 @@ def test_alignment_against_loops(count):
             centroids.append(sum(rows) / len(rows))
         cosines = [
             float(a @ b) / math.sqrt(float(a @ a) * float(b @ b))
-            for place, a in enumerate(centroids)
-            for b in centroids[place + 1 :]
+            for index, a in enumerate(centroids)
+            for b in centroids[index + 1 :]
         ]
         expected.append(mean(1 - cosine for cosine in cosines) if cosines else math.nan)
     hidden = [layer.masked_fill(~mask[..., None], math.nan) for layer in layers]
-    found = alignment_error(hidden, labels, count, mask)
-    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), equal_nan=True, **EXACT)
+    result = alignment_error(hidden, labels, count, mask)
+    torch.testing.assert_close(result, torch.tensor(expected, dtype=torch.float64), equal_nan=True, **EXACT)
     # A modality without samples adds no pair.
-    torch.testing.assert_close(alignment_error(hidden, labels, count + 1, mask), found, equal_nan=True, **EXACT)
+    torch.testing.assert_close(alignment_error(hidden, labels, count + 1, mask), result, equal_nan=True, **EXACT)
 
 
 def test_hand_computed_alignment():
@@ -91,13 +91,13 @@ def test_hand_computed_alignment():
 @settings(max_examples=25, deadline=None)
 @given(st.floats(0.3, 1.5), st.lists(st.floats(0.01, 2.0), min_size=1, max_size=7))
 def test_all_layers(gamma, errors):
-    found = e_dda(gamma, torch.tensor(errors, dtype=torch.float64))
+    result = e_dda(gamma, torch.tensor(errors, dtype=torch.float64))
     product, total = 1.0, 0.0
     for layer, error in enumerate(errors, start=1):
         product *= gamma**layer * error
         total += gamma**layer * error
-    assert found.log_product == pytest.approx(math.log(product))
-    assert found.weighted_sum == pytest.approx(total, **NUMBER)
+    assert result.log_product == pytest.approx(math.log(product))
+    assert result.weighted_sum == pytest.approx(total, **NUMBER)
 
 
 def test_underflow_and_zeros():

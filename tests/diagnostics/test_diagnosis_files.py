@@ -28,8 +28,8 @@ def diagnosis():
 def test_save_and_load(diagnosis, tmp_path):
     path = diagnosis.save(tmp_path / "new")
     assert path == tmp_path / "new" / "diagnosis.json"
-    for place in (path, path.parent):
-        again = Diagnosis.load(place)
+    for index in (path, path.parent):
+        again = Diagnosis.load(index)
         assert again.to_dict() == diagnosis.to_dict()
         assert again.verdicts == diagnosis.verdicts
         assert (again.names, again.metrics) == (diagnosis.names, diagnosis.metrics)
@@ -42,13 +42,13 @@ def test_save_and_load(diagnosis, tmp_path):
 
 
 def test_non_finite_values_round_trip(tmp_path):
-    made = joint_model(dtype=torch.float32)
+    model = joint_model(dtype=torch.float32)
     with torch.no_grad():
-        made.fusion.attention.query.weight.zero_()
-        made.fusion.attention.query.bias.zero_()
-    found = diagnose(made, random_batches())
-    assert math.isnan(found.metrics["noise_attention_r"])
-    found.save(tmp_path)
+        model.fusion.attention.query.weight.zero_()
+        model.fusion.attention.query.bias.zero_()
+    result = diagnose(model, random_batches())
+    assert math.isnan(result.metrics["noise_attention_r"])
+    result.save(tmp_path)
     assert "NaN" not in (tmp_path / "diagnosis.json").read_text()
     assert math.isnan(Diagnosis.load(tmp_path).metrics["noise_attention_r"])
 

@@ -22,12 +22,12 @@ def classifier():
 def test_verdicts_use_the_given_metric(classifier):
     model, batches = classifier
     for metric in ("f1_macro", "auroc", "balanced_accuracy"):
-        found = eq.diagnose(model, batches, metric=metric, tests=TESTS)
-        claims = {verdict.key: verdict for verdict in found.verdicts}
+        result = eq.diagnose(model, batches, metric=metric, tests=TESTS)
+        claims = {verdict.key: verdict for verdict in result.verdicts}
         assert claims["use/audio"].ok == "good"
-        assert found.metrics[f"{metric}_mask/image"] == pytest.approx(found.metrics[metric])
-        assert found.metrics[f"{metric}_mask/audio"] < found.metrics[metric] - 0.1
-        assert set(found.details["masking"]["resamples"]) == {f"{metric}_mask/audio", f"{metric}_mask/image"}
+        assert result.metrics[f"{metric}_mask/image"] == pytest.approx(result.metrics[metric])
+        assert result.metrics[f"{metric}_mask/audio"] < result.metrics[metric] - 0.1
+        assert set(result.details["masking"]["resamples"]) == {f"{metric}_mask/audio", f"{metric}_mask/image"}
 
 
 def test_accuracy_metric_equals_the_default(classifier):
@@ -48,13 +48,13 @@ def test_lower_errors_are_better():
                 150, 3, generator=torch.Generator().manual_seed(1)
             )
     for metric in ("mae", "rmse", "concordance"):
-        found = eq.diagnose(model, batches, metric=metric, tests=TESTS)
-        claims = {verdict.key: verdict.ok for verdict in found.verdicts}
+        result = eq.diagnose(model, batches, metric=metric, tests=TESTS)
+        claims = {verdict.key: verdict.ok for verdict in result.verdicts}
         assert claims["use/audio"] == "good"
         assert "chance" not in claims
-        worse = found.metrics[f"{metric}_noise/audio"] - found.metrics[metric]
+        worse = result.metrics[f"{metric}_noise/audio"] - result.metrics[metric]
         assert (worse > 0) == (metric != "concordance")
-        evidence = VerdictEvidence(found.to_dict())
+        evidence = VerdictEvidence(result.to_dict())
         compared = evidence.compare(f"{metric}_noise/audio", metric)
         assert compared.worse
         assert not compared.better
@@ -65,21 +65,21 @@ def test_undefined_metric_has_a_reason():
     batches = labeled_batches(model, sizes=(40,), seed=5)
     for batch in batches:
         batch["target"] = torch.zeros(40, dtype=torch.long)
-    found = eq.diagnose(model, batches, metric="auroc", tests=TESTS)
-    assert math.isnan(found.metrics["auroc"])
-    assert found.details["score"]["undefined"] == {"auroc": "all targets are of one class"}
-    assert found.to_dict()["metrics"]["auroc"] is None
+    result = eq.diagnose(model, batches, metric="auroc", tests=TESTS)
+    assert math.isnan(result.metrics["auroc"])
+    assert result.details["score"]["undefined"] == {"auroc": "all targets are of one class"}
+    assert result.to_dict()["metrics"]["auroc"] is None
 
 
 def test_user_defined_metric_functions(classifier):
     model, batches = classifier
     own = {"confidence": lambda scores, target: scores.gather(1, target[:, None]).mean()}
-    found = eq.diagnose(model, batches, metrics=own, tests=["noise"])
-    assert found.protocol["score"] == "confidence"
-    assert found.metrics["confidence_noise/audio"] < found.metrics["confidence"]
+    result = eq.diagnose(model, batches, metrics=own, tests=["noise"])
+    assert result.protocol["score"] == "confidence"
+    assert result.metrics["confidence_noise/audio"] < result.metrics["confidence"]
     beside = eq.diagnose(model, batches, metric="f1_macro", metrics=own, tests=["noise"])
     assert beside.protocol["score"] == "f1_macro"
-    assert beside.metrics["confidence_noise/audio"] == pytest.approx(found.metrics["confidence_noise/audio"])
+    assert beside.metrics["confidence_noise/audio"] == pytest.approx(result.metrics["confidence_noise/audio"])
 
 
 def test_auroc_names_are_distinct(classifier, tmp_path):

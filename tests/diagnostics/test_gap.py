@@ -39,7 +39,7 @@ def masked_attention(seed, seen):
 
 def slow_gap(attention, labels, count, seen, per_token):
     """Loops over the queries that see both kinds of keys, the mean of the heads first."""
-    found = []
+    result = []
     for m in range(count):
         layers = []
         for layer in attention.mean(dim=2).tolist():
@@ -53,8 +53,8 @@ def slow_gap(attention, labels, count, seen, per_token):
                             sums.append(sum(kind) / (len(kind) if per_token else 1))
             if own:
                 layers.append(expected_gap(mean(own), mean(cross)))
-        found.append(mean(layers) if layers else math.nan)
-    return torch.tensor(found, dtype=torch.float64)
+        result.append(mean(layers) if layers else math.nan)
+    return torch.tensor(result, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("normalize", ["mass", "per_token"])
@@ -71,14 +71,14 @@ def test_from_attention_against_loops(count, kind, normalize):
         seen = torch.ones(BATCH, TOKENS, TOKENS, dtype=torch.bool) if mask is None else mask
         labels_left = labels
     attention = masked_attention(0, seen)
-    found = gap_from_attention(list(attention), labels, count, mask, normalize=normalize)
+    actual = gap_from_attention(list(attention), labels, count, mask, normalize=normalize)
     expected = slow_gap(attention.nan_to_num(), labels_left, count, seen, normalize == "per_token")
-    torch.testing.assert_close(found, expected, equal_nan=True, **EXACT)
-    assert bool(found.isnan().all()) is (count == 1)
-    made = share_table(list(attention), labels, count, mask)
+    torch.testing.assert_close(actual, expected, equal_nan=True, **EXACT)
+    assert bool(actual.isnan().all()) is (count == 1)
+    result = share_table(list(attention), labels, count, mask)
     if normalize == "mass":
         torch.testing.assert_close(
-            attention_gap(made.share, weights=made.rows[:, None]), expected, equal_nan=True, **EXACT
+            attention_gap(result.share, weights=result.rows[:, None]), expected, equal_nan=True, **EXACT
         )
 
 
@@ -87,7 +87,7 @@ def test_share_table_against_loops():
     labels[1] = labels[1].masked_fill(labels[1] == 2, 0)
     seen = torch.ones(BATCH, TOKENS, TOKENS).tril().bool()
     attention = masked_attention(1, seen)
-    made = share_table(list(attention), labels, 3, seen)
+    result = share_table(list(attention), labels, 3, seen)
     for b in range(BATCH):
         for m in range(3):
             rows = []
@@ -95,12 +95,12 @@ def test_share_table_against_loops():
                 kinds = {int(label) == m for label in labels[b, : i + 1] if label >= 0}
                 if labels[b, i] == m and kinds == {True, False}:
                     rows.append(i)
-            assert made.rows[b, m] == len(rows)
+            assert result.rows[b, m] == len(rows)
             for n in range(3):
                 shares = [attention[:, b, :, i, labels[b] == n].sum(dim=-1) for i in rows]
                 expected = mean(shares) if rows else torch.full((LAYERS, HEADS), math.nan).double()
-                torch.testing.assert_close(made.share[:, b, :, m, n], expected, equal_nan=True, **EXACT)
-    assert made.rows[1, 2] == 0
+                torch.testing.assert_close(result.share[:, b, :, m, n], expected, equal_nan=True, **EXACT)
+    assert result.rows[1, 2] == 0
 
 
 @pytest.mark.parametrize("count", [2, 3, 5])
@@ -125,8 +125,8 @@ def test_gap_of_shares_against_loops(count):
                             cross += weight * sum(row[n] for n in others) / (rest if per_token else 1)
                 layers.append(expected_gap(own, cross))
             expected.append(mean(layers))
-        found = attention_gap(share, weights=weights, counts=counts, normalize="per_token" if per_token else "mass")
-        torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), **EXACT)
+        result = attention_gap(share, weights=weights, counts=counts, normalize="per_token" if per_token else "mass")
+        torch.testing.assert_close(result, torch.tensor(expected, dtype=torch.float64), **EXACT)
 
 
 def test_averaging_order_of_heads_samples_and_layers():
@@ -141,12 +141,12 @@ def test_averaging_order_of_heads_samples_and_layers():
 @given(st.integers(0, 10_000), st.integers(2, 4))
 def test_properties(seed, count):
     share = random_shares(seed, count, LAYERS, BATCH, HEADS)
-    found = attention_gap(share)
-    assert bool(((found >= 0) & (found <= 100)).all())
+    result = attention_gap(share)
+    assert bool(((result >= 0) & (result <= 100)).all())
     order = torch.randperm(count, generator=generator(seed))
-    torch.testing.assert_close(attention_gap(share[..., order, :][..., order]), found[order], **EXACT)
-    torch.testing.assert_close(attention_gap(share * 0.5), found, **EXACT)
-    torch.testing.assert_close(attention_gap(share.mean(dim=2, keepdim=True)), found, **EXACT)
+    torch.testing.assert_close(attention_gap(share[..., order, :][..., order]), result[order], **EXACT)
+    torch.testing.assert_close(attention_gap(share * 0.5), result, **EXACT)
+    torch.testing.assert_close(attention_gap(share.mean(dim=2, keepdim=True)), result, **EXACT)
     for extra in (1, 2, 3):
         alone = share[(0,) * extra]
         torch.testing.assert_close(attention_gap(alone), attention_gap(alone[(None,) * extra]), **EXACT)

@@ -26,11 +26,11 @@ def gradient_norm(gradients):
     return math.sqrt(sum(float(value) ** 2 for gradient in gradients for value in gradient.flatten()))
 
 
-def slow_norms(made, batches):
+def slow_norms(model, batches):
     """name -> (parameters, outputs) by backward on a copy in evaluation mode; NaN for a modality without samples."""
-    found = {name: [] for name in made.names}
+    result = {name: [] for name in model.names}
     for inputs in batches:
-        twin = copy.deepcopy(made).eval()
+        twin = copy.deepcopy(model).eval()
         twin.zero_grad()
         tokens = twin.encode(inputs)
         for part in tokens.values():
@@ -40,113 +40,113 @@ def slow_norms(made, batches):
             if len(part) and part.valid().any():
                 own = [p.grad for p in twin.encoders[name].parameters() if p.grad is not None]
                 above = [] if part.values.grad is None else [part.values.grad]
-                found[name].append((gradient_norm(own), gradient_norm(above)))
+                result[name].append((gradient_norm(own), gradient_norm(above)))
     return {
-        name: tuple(sum(place) / len(rows) for place in zip(*rows, strict=True)) if rows else (math.nan, math.nan)
-        for name, rows in found.items()
+        name: tuple(sum(index) / len(rows) for index in zip(*rows, strict=True)) if rows else (math.nan, math.nan)
+        for name, rows in result.items()
     }
 
 
-def assert_equal(found, expected):
+def assert_equal(result, expected):
     for name, (parameters, outputs) in expected.items():
-        assert found.parameters[name] == pytest.approx(parameters, rel=SINGLE["rtol"], nan_ok=True)
-        assert found.outputs[name] == pytest.approx(outputs, rel=SINGLE["rtol"], nan_ok=True)
-    assert list(found.parameters) == list(found.outputs) == list(expected)
+        assert result.parameters[name] == pytest.approx(parameters, rel=SINGLE["rtol"], nan_ok=True)
+        assert result.outputs[name] == pytest.approx(outputs, rel=SINGLE["rtol"], nan_ok=True)
+    assert list(result.parameters) == list(result.outputs) == list(expected)
 
 
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("names", [NAMES[:1], NAMES[:2], NAMES], ids=len)
 def test_against_backward(task, names):
-    made = attention_model(names, task=task)
+    model = attention_model(names, task=task)
     batches = [batch_for(task, names, seed=seed, missing=names[1:]) for seed in range(3)]
-    found = gradient_norms(made, batches)
-    expected = slow_norms(made, batches)
-    assert_equal(found, expected)
-    assert found.batches == 3
-    for place, ratio in enumerate((found.ratio, found.output_ratio)):
+    result = gradient_norms(model, batches)
+    expected = slow_norms(model, batches)
+    assert_equal(result, expected)
+    assert result.batches == 3
+    for index, ratio in enumerate((result.ratio, result.output_ratio)):
         for name in names:
-            others = [expected[other][place] for other in names if other != name]
-            by_hand = expected[name][place] / (sum(others) / len(others)) if others else math.nan
+            others = [expected[other][index] for other in names if other != name]
+            by_hand = expected[name][index] / (sum(others) / len(others)) if others else math.nan
             assert ratio[name] == pytest.approx(by_hand, rel=SINGLE["rtol"], nan_ok=True)
 
 
 @pytest.mark.parametrize("kind", FUSIONS.values(), ids=FUSIONS)
 @pytest.mark.parametrize("unimodal", ["train", "ensemble"])
 def test_every_fusion_with_the_task_loss(kind, unimodal):
-    made = attention_model(NAMES, fusion=kind(DIM, **HEADS.get(kind.__name__, {})), unimodal=unimodal)
+    model = attention_model(NAMES, fusion=kind(DIM, **HEADS.get(kind.__name__, {})), unimodal=unimodal)
     batches = [batch(NAMES, seed=seed) for seed in range(2)]
-    found = gradient_norms(made, batches)
-    assert_equal(found, slow_norms(made, batches))
+    result = gradient_norms(model, batches)
+    assert_equal(result, slow_norms(model, batches))
     if kind is eq.fusion.Unimodal:
-        assert found.parameters["image"] == found.outputs["image"] == 0
-        assert found.ratio["audio"] == math.inf
+        assert result.parameters["image"] == result.outputs["image"] == 0
+        assert result.ratio["audio"] == math.inf
 
 
 def test_hand_computed_values():
     # One weight w for each modality, logit w x, target 0: L = (w x)^2, dL/dw = 2 w x^2, dL/d(output) = 2 w x.
     encoders = {name: nn.Linear(1, 1, bias=False) for name in ("audio", "image")}
-    made = eq.FusionModel(encoders, eq.fusion.Sum(1), 1, task="regression", unimodal="none").double()
+    model = eq.FusionModel(encoders, eq.fusion.Sum(1), 1, task="regression", unimodal="none").double()
     with torch.no_grad():
         for encoder, weight in zip(encoders.values(), (1.0, 0.0), strict=True):
             encoder.weight.fill_(weight)
-        for part in made.head.parts:
+        for part in model.head.parts:
             part.weight.fill_(1.0)
             part.bias.zero_()
     inputs = {name: torch.full((1, 1, 1), value).double() for name, value in (("audio", 3.0), ("image", 5.0))}
-    found = gradient_norms(made, [{**inputs, "target": torch.zeros(1)}])
-    assert found.parameters == pytest.approx({"audio": 18.0, "image": 30.0})
-    assert found.outputs == pytest.approx({"audio": 6.0, "image": 6.0})
-    assert found.ratio == pytest.approx({"audio": 0.6, "image": 30 / 18})
+    result = gradient_norms(model, [{**inputs, "target": torch.zeros(1)}])
+    assert result.parameters == pytest.approx({"audio": 18.0, "image": 30.0})
+    assert result.outputs == pytest.approx({"audio": 6.0, "image": 6.0})
+    assert result.ratio == pytest.approx({"audio": 0.6, "image": 30 / 18})
 
 
 def test_frozen_shared_and_plain_encoders():
-    made = attention_model(NAMES)
-    made.encoders["audio"].requires_grad_(False)
-    made.encoders["image"] = nn.Identity()
+    model = attention_model(NAMES)
+    model.encoders["audio"].requires_grad_(False)
+    model.encoders["image"] = nn.Identity()
     inputs = batch(NAMES)
     inputs["image"] = torch.randn(5, 7, DIM, generator=torch.Generator().manual_seed(3)).double()
-    found = gradient_norms(made, [inputs])
-    assert math.isnan(found.parameters["audio"])
-    assert math.isnan(found.parameters["image"])
+    result = gradient_norms(model, [inputs])
+    assert math.isnan(result.parameters["audio"])
+    assert math.isnan(result.parameters["image"])
     assert not inputs["image"].requires_grad
-    expected = slow_norms(made, [{**inputs, "image": inputs["image"].clone()}])
-    assert found.outputs == pytest.approx({name: both[1] for name, both in expected.items()}, rel=SINGLE["rtol"])
-    assert found.parameters["text"] == pytest.approx(expected["text"][0], rel=SINGLE["rtol"])
+    expected = slow_norms(model, [{**inputs, "image": inputs["image"].clone()}])
+    assert result.outputs == pytest.approx({name: both[1] for name, both in expected.items()}, rel=SINGLE["rtol"])
+    assert result.parameters["text"] == pytest.approx(expected["text"][0], rel=SINGLE["rtol"])
     # Who is frozen is no standard for the others.
-    assert math.isnan(found.ratio["text"])
+    assert math.isnan(result.ratio["text"])
     shared = attention_model(("audio", "image"))
     shared.encoders["image"] = shared.encoders["audio"]
     twice = {**batch(), "image": batch(seed=1)["audio"]}
-    found = gradient_norms(shared, [twice])
-    assert_equal(found, slow_norms(shared, [twice]))
-    assert found.parameters["audio"] == found.parameters["image"]
+    result = gradient_norms(shared, [twice])
+    assert_equal(result, slow_norms(shared, [twice]))
+    assert result.parameters["audio"] == result.parameters["image"]
 
 
 def test_batches_without_the_modality_are_excluded():
-    made = joint_model(NAMES)
+    model = joint_model(NAMES)
     out = {"image": torch.zeros(5, dtype=torch.bool)}
     batches = [batch(NAMES), {**batch(NAMES, seed=1), "text": None}, {**batch(NAMES, seed=2), "mask": out}]
-    found = gradient_norms(made, batches)
-    assert_equal(found, slow_norms(made, batches))
-    never = gradient_norms(made, batches[1:2])
+    result = gradient_norms(model, batches)
+    assert_equal(result, slow_norms(model, batches))
+    never = gradient_norms(model, batches[1:2])
     assert math.isnan(never.parameters["text"])
     assert math.isnan(never.outputs["text"])
-    both = gradient_norms(made, batches[1:2]).parameters
+    both = gradient_norms(model, batches[1:2]).parameters
     assert never.ratio["audio"] == pytest.approx(both["audio"] / both["image"])
 
 
 def test_max_batches():
-    made = joint_model()
+    model = joint_model()
     batches = [batch(seed=seed) for seed in range(3)]
-    first, whole = gradient_norms(made, batches, max_batches=2), gradient_norms(made, batches, max_batches=7)
-    assert_equal(first, slow_norms(made, batches[:2]))
-    assert (first.batches, whole.batches) == (2, 3)
-    assert whole.parameters != first.parameters
+    first, full = gradient_norms(model, batches, max_batches=2), gradient_norms(model, batches, max_batches=7)
+    assert_equal(first, slow_norms(model, batches[:2]))
+    assert (first.batches, full.batches) == (2, 3)
+    assert full.parameters != first.parameters
 
 
 def test_ratios_exclude_undefined_norms():
-    found = ratios(torch.tensor([6.0, math.nan, 3.0, 1.0])).tolist()
-    assert found == pytest.approx([3.0, math.nan, 3 / 3.5, 1 / 4.5], nan_ok=True)
+    result = ratios(torch.tensor([6.0, math.nan, 3.0, 1.0])).tolist()
+    assert result == pytest.approx([3.0, math.nan, 3 / 3.5, 1 / 4.5], nan_ok=True)
 
 
 class Steep(nn.Module):
@@ -157,19 +157,19 @@ class Steep(nn.Module):
 
 
 def test_errors():
-    made = joint_model()
+    model = joint_model()
     with pytest.raises(ConfigError, match=r"gradient_norms: expected max_batches >= 1 or None, got 0"):
-        gradient_norms(made, [batch()], max_batches=0)
+        gradient_norms(model, [batch()], max_batches=0)
     with pytest.raises(ConfigError, match=r"gradient_norms: expected a FusionModel, .* got Linear without names, enc"):
         gradient_norms(nn.Linear(2, 3), [batch()])
     with pytest.raises(ShapeError, match="at least one batch, got none"):
-        gradient_norms(made, [])
+        gradient_norms(model, [])
     without = {name: value for name, value in batch().items() if name != "target"}
     with pytest.raises(ShapeError, match=r"gradient_norms: expected a target in every batch, got none\. Give every"):
-        gradient_norms(made, [without])
+        gradient_norms(model, [without])
     broken = {**batch(), "audio": torch.full((5, 7, 3), math.nan).double()}
     with pytest.raises(NonFiniteError, match="gradient_norms: expected a finite loss, got nan"):
-        gradient_norms(made, [broken])
-    made.encoders["audio"] = nn.Sequential(nn.Linear(3, 3).double(), Steep())
+        gradient_norms(model, [broken])
+    model.encoders["audio"] = nn.Sequential(nn.Linear(3, 3).double(), Steep())
     with pytest.raises(NonFiniteError, match=r"gradient_norms 'audio': expected finite gradients, got NaN or infinity"):
-        gradient_norms(made, [batch()])
+        gradient_norms(model, [batch()])

@@ -43,16 +43,16 @@ EVERY = ("joint", "joint, 3 layers", "joint, all rows", "mid", "mbt", "mbt, cros
 @pytest.mark.parametrize("kind", EVERY)
 def test_equipoise_layers(kind, missing):
     names = NAMES if kind in ("joint", "mid") else NAMES[:2]
-    made, inputs = attention_model(names, fusion=fusions(kind)).eval(), batch(names, missing=missing, size=3)
+    model, inputs = attention_model(names, fusion=fusions(kind)).eval(), batch(names, missing=missing, size=3)
     with torch.no_grad():
-        plain = made(inputs).logits
+        plain = model(inputs).logits
         for change, block in intervention_cases(names):
-            with block(made) as found:
-                logits = made(inputs).logits
-            torch.testing.assert_close(logits, with_explicit_attention(made, change)(inputs).logits, **EXACT)
+            with block(model) as result:
+                logits = model(inputs).logits
+            torch.testing.assert_close(logits, with_explicit_attention(model, change)(inputs).logits, **EXACT)
             assert not torch.equal(logits, plain)
-            assert all(site.startswith("fusion.") for site in found.changed)
-        assert torch.equal(made(inputs).logits, plain)
+            assert all(site.startswith("fusion.") for site in result.changed)
+        assert torch.equal(model(inputs).logits, plain)
 
 
 def intervention_cases(names):
@@ -78,13 +78,13 @@ def intervention_cases(names):
 
 @pytest.mark.parametrize("operator", ["unimodal", "crossmodal"])
 def test_class_row_without_keys_is_not_averaged(operator):
-    made, deep, inputs = joint_model(), joint_model(depth=2), batch()
+    model, deep, inputs = joint_model(), joint_model(depth=2), batch()
     message = f"with_quag: expected attention with quadrants of '{operator}', got none"
-    with pytest.raises(ConfigError, match=message), with_quag(made, operator):
-        made(inputs)
-    with with_quag(deep.eval(), operator) as found:
+    with pytest.raises(ConfigError, match=message), with_quag(model, operator):
+        model(inputs)
+    with with_quag(deep.eval(), operator) as result:
         logits = deep(inputs).logits
-    assert found.changed == ("fusion.blocks.0.attention",)
+    assert result.changed == ("fusion.blocks.0.attention",)
     expected = with_explicit_attention(deep, ("quag", operator, 2, "keys"))(inputs).logits
     torch.testing.assert_close(logits, expected, **EXACT)
     assert not torch.equal(logits, deep(inputs).logits)
@@ -93,31 +93,31 @@ def test_class_row_without_keys_is_not_averaged(operator):
 @pytest.mark.parametrize("kind", ["joint", "joint, 3 layers", "joint, all rows", "mid"])
 @pytest.mark.parametrize("names", [("audio",), ("audio", "image"), NAMES], ids=len)
 def test_without_modality_equals_masking(kind, names):
-    made = attention_model(names, fusion=fusions(kind), unimodal="none", task="regression").eval()
+    model = attention_model(names, fusion=fusions(kind), unimodal="none", task="regression").eval()
     batches = [batch_for("regression", names, seed=seed, missing=names[1:2]) for seed in range(2)]
     for name in names:
-        masked = mask_modality(made, batches, modality=name)
-        with without_modality(made, name) as found:
-            inside = mask_modality(made, batches, modality=name)
+        masked = mask_modality(model, batches, modality=name)
+        with without_modality(model, name) as result:
+            inside = mask_modality(model, batches, modality=name)
         # Inside the block nothing of it is left to take away.
         assert inside.full == pytest.approx(masked.without[name], rel=SINGLE["rtol"])
         assert inside.full != pytest.approx(masked.full, rel=SINGLE["rtol"])
-        assert len(found.changed) == {"joint": 1, "joint, 3 layers": 3}.get(kind, 2)
+        assert len(result.changed) == {"joint": 1, "joint, 3 layers": 3}.get(kind, 2)
 
 
 def test_several_modalities_at_once():
-    made, inputs = joint_model(NAMES, depth=2).eval(), batch(NAMES)
-    with torch.no_grad(), without_modality(made, ("audio", "text")):
-        logits = made(inputs).logits
-    alone = made({**inputs, "audio": None, "text": None}).logits
+    model, inputs = joint_model(NAMES, depth=2).eval(), batch(NAMES)
+    with torch.no_grad(), without_modality(model, ("audio", "text")):
+        logits = model(inputs).logits
+    alone = model({**inputs, "audio": None, "text": None}).logits
     torch.testing.assert_close(logits, alone, **EXACT)
 
 
 def test_masked_inputs_may_be_nan():
-    made, inputs = joint_model(depth=2).eval(), batch()
+    model, inputs = joint_model(depth=2).eval(), batch()
     broken = {**inputs, "image": torch.full_like(inputs["image"], torch.nan)}
-    with torch.no_grad(), without_modality(made, "image"):
-        assert torch.equal(made(broken).logits, made(inputs).logits)
+    with torch.no_grad(), without_modality(model, "image"):
+        assert torch.equal(model(broken).logits, model(inputs).logits)
 
 
 class ExplicitAttention(nn.Module):
@@ -156,27 +156,27 @@ class MultiheadSelfAttention(nn.Module):
         return output if first else output.transpose(0, 1)
 
 
-def expected_output(made, tokens, columns, change):
+def expected_output(model, tokens, columns, change):
     """The model's output with its attention written out and changed."""
-    if isinstance(made, MultiheadSelfAttention):
-        layer = made.layer
+    if isinstance(model, MultiheadSelfAttention):
+        layer = model.layer
         parts = F.linear(tokens, layer.in_proj_weight, layer.in_proj_bias).chunk(3, dim=-1)
         heads, scale = layer.num_heads, None
-    elif isinstance(made, ExplicitAttention):
-        parts, heads, scale = made.all(tokens).chunk(3, dim=-1), made.heads, 0.5
+    elif isinstance(model, ExplicitAttention):
+        parts, heads, scale = model.all(tokens).chunk(3, dim=-1), model.heads, 0.5
     else:
-        parts, heads, scale = (made.q_proj(tokens), made.k_proj(tokens), made.v_proj(tokens)), made.heads, None
-    keyheads = [heads, *[getattr(made, "keyheads", heads)] * 2]
+        parts, heads, scale = (model.q_proj(tokens), model.k_proj(tokens), model.v_proj(tokens)), model.heads, None
+    keyheads = [heads, *[getattr(model, "keyheads", heads)] * 2]
     query, key, value = (part.unflatten(-1, (n, -1)).transpose(1, 2) for part, n in zip(parts, keyheads, strict=True))
-    causal = getattr(made, "causal", False)
+    causal = getattr(model, "causal", False)
     attention = slow.matrix(query, key, scale=scale, is_causal=causal)
     seen = slow.visible(None, causal, attention.shape)
     columns = columns.expand(len(tokens), -1)
     output = slow.output(intervened(attention, columns, columns, seen, change), value)
-    if isinstance(made, ExplicitAttention):
+    if isinstance(model, ExplicitAttention):
         return output
     merged = output.transpose(1, 2).flatten(2)
-    return made.layer.out_proj(merged) if isinstance(made, MultiheadSelfAttention) else merged
+    return model.layer.out_proj(merged) if isinstance(model, MultiheadSelfAttention) else merged
 
 
 FOREIGN = {
@@ -192,37 +192,37 @@ FOREIGN = {
 @pytest.mark.parametrize("kind", FOREIGN)
 def test_torch_models(kind):
     torch.manual_seed(0)
-    made = FOREIGN[kind]().double().eval()
+    result = FOREIGN[kind]().double().eval()
     tokens, columns = torch.randn(3, 7, 12, dtype=torch.float64), torch.tensor([-1, 0, 0, 1, 2, 1, 0])
     known = {"modality": columns, "names": NAMES}
     with torch.no_grad():
-        plain = made(tokens)
+        plain = result(tokens)
         for change, block in intervention_cases(NAMES):
-            with block(made, **known) as found:
-                output = made(tokens)
-            torch.testing.assert_close(output, expected_output(made, tokens, columns, change), **EXACT)
-            assert len(found.changed) == 1
-            assert found.missing == {}
-        assert torch.equal(made(tokens), plain)
+            with block(result, **known) as actual:
+                output = result(tokens)
+            torch.testing.assert_close(output, expected_output(result, tokens, columns, change), **EXACT)
+            assert len(actual.changed) == 1
+            assert actual.missing == {}
+        assert torch.equal(result(tokens), plain)
 
 
 def test_encoder_fast_path_is_disabled_and_restored():
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(12, 2, 5, batch_first=True)
-    made = nn.TransformerEncoder(layer, 2).double().eval()
+    module = nn.TransformerEncoder(layer, 2).double().eval()
     tokens, columns = torch.randn(3, 7, 12, dtype=torch.float64), torch.tensor([0, 0, 1, 0, 1, 1, 1])
     hides = torch.where(columns == 1, -torch.inf, 0.0).double().expand(7, 7)
     with torch.no_grad():
-        with without_modality(made, "b", modality=columns, names=("a", "b")) as found:
-            output = made(tokens)
+        with without_modality(module, "b", modality=columns, names=("a", "b")) as result:
+            output = module(tokens)
             assert not torch.backends.mha.get_fastpath_enabled()
-        torch.testing.assert_close(output, made(tokens, mask=hides), **EXACT)
-        assert found.changed == ("layers.0.self_attn", "layers.1.self_attn")
+        torch.testing.assert_close(output, module(tokens, mask=hides), **EXACT)
+        assert result.changed == ("layers.0.self_attn", "layers.1.self_attn")
         with (
             pytest.raises(ConfigError, match="got none"),
-            with_quag(made, "avg-c", modality=columns, names=tuple("abc")),
+            with_quag(module, "avg-c", modality=columns, names=tuple("abc")),
         ):
-            made(tokens)
+            module(tokens)
     assert torch.backends.mha.get_fastpath_enabled()
 
 
@@ -246,9 +246,9 @@ class Eager:
 
 
 def llava():
-    made, inputs = family("llava")
+    model, inputs = family("llava")
     columns = (inputs["input_ids"] == IMAGE).long().masked_fill(inputs["attention_mask"] == 0, -1)
-    return made, inputs, columns
+    return model, inputs, columns
 
 
 CHANGES = {
@@ -274,15 +274,15 @@ def reference_model(monkeypatch, columns, change):
 @pytest.mark.parametrize("backend", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", CHANGES)
 def test_vision_language_model(name, backend, monkeypatch):
-    made, inputs, columns = llava()
-    made.set_attn_implementation(backend)
+    model, inputs, columns = llava()
+    model.set_attn_implementation(backend)
     change, block = CHANGES[name]
     with torch.no_grad():
-        plain = made(**inputs).logits
-        with block(made) as found:
-            logits = made(**inputs).logits
-        assert torch.equal(made(**inputs).logits, plain)
-        assert found.changed == tuple(f"model.language_model.layers.{n}.self_attn" for n in range(2))
+        plain = model(**inputs).logits
+        with block(model) as result:
+            logits = model(**inputs).logits
+        assert torch.equal(model(**inputs).logits, plain)
+        assert result.changed == tuple(f"model.language_model.layers.{n}.self_attn" for n in range(2))
         other, _ = reference_model(monkeypatch, columns, change)
         valid = inputs["attention_mask"].bool()
         torch.testing.assert_close(logits[valid], other(**inputs).logits[valid], **SINGLE)
@@ -292,15 +292,15 @@ def test_vision_language_model(name, backend, monkeypatch):
 @pytest.mark.parametrize("cache", [None, "static"])
 @pytest.mark.parametrize("name", ["hidden", "crossmodal", "all"])
 def test_generation_with_a_cache(name, cache, monkeypatch):
-    made, inputs, columns = llava()
+    model, inputs, columns = llava()
     change, block = CHANGES[name]
     how = {
         "max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "output_logits": True,
         "return_dict_in_generate": True, "pad_token_id": 0,
     }  # fmt: skip
-    with block(made) as found:
-        ours = made.generate(**inputs, **how, **({"cache_implementation": cache} if cache else {}))
-    assert len(found.changed) == 2
+    with block(model) as result:
+        ours = model.generate(**inputs, **how, **({"cache_implementation": cache} if cache else {}))
+    assert len(result.changed) == 2
     other, _ = reference_model(monkeypatch, columns, change)
     theirs = other.generate(**inputs, **how)
     for step, expected in zip(ours.logits, theirs.logits, strict=True):
@@ -311,33 +311,33 @@ def test_generation_with_a_cache(name, cache, monkeypatch):
 
 @pytest.mark.parametrize("name", ["internvl", "qwen3_vl", "blip2", "qwen2_audio", "idefics3"])
 def test_hidden_modality_has_no_influence_in_other_families(name):
-    made, inputs = family(name)
+    model, inputs = family(name)
     modality = "audio" if "audio" in name else "image"
     values = "input_features" if modality == "audio" else "pixel_values"
     moved = {**inputs, values: inputs[values] + 1}
     with torch.no_grad():
-        assert not torch.equal(made(**inputs).logits[:, -1], made(**moved).logits[:, -1])
-        with without_modality(made, modality) as found:
-            assert torch.equal(made(**inputs).logits[:, -1], made(**moved).logits[:, -1])
-    assert len(found.changed) == 2
+        assert not torch.equal(model(**inputs).logits[:, -1], model(**moved).logits[:, -1])
+        with without_modality(model, modality) as result:
+            assert torch.equal(model(**inputs).logits[:, -1], model(**moved).logits[:, -1])
+    assert len(result.changed) == 2
 
 
 def test_cross_attention():
-    made, inputs = family("whisper")
+    model, inputs = family("whisper")
     self_attention, cross = (
         tuple(f"model.decoder.layers.{n}.{kind}" for n in range(2)) for kind in ("self_attn", "encoder_attn")
     )
     with torch.no_grad():
-        plain = made(**inputs).logits
-        with without_modality(made, "audio") as found:
-            deaf = made(**inputs).logits
-            assert torch.equal(deaf, made(**{**inputs, "input_features": inputs["input_features"] + 1}).logits)
-        assert found.changed == cross
+        plain = model(**inputs).logits
+        with without_modality(model, "audio") as result:
+            deaf = model(**inputs).logits
+            assert torch.equal(deaf, model(**{**inputs, "input_features": inputs["input_features"] + 1}).logits)
+        assert result.changed == cross
         for operator, changed in (("avg-audio", cross), ("unimodal", self_attention), ("crossmodal", cross)):
-            with with_quag(made, operator) as found:
-                assert not torch.equal(made(**inputs).logits, plain)
-            assert found.changed == changed
-            assert found.missing == {}
+            with with_quag(model, operator) as result:
+                assert not torch.equal(model(**inputs).logits, plain)
+            assert result.changed == changed
+            assert result.missing == {}
 
 
 # What it leaves behind, and what it complains of.
@@ -351,59 +351,59 @@ class Broken(nn.Module):
 @pytest.mark.parametrize("ends", ["well", "with a user's error", "with the model's error"])
 @pytest.mark.parametrize("block", [lambda m: without_modality(m, "image"), lambda m: with_quag(m, "all")])
 def test_model_state_is_restored(block, ends):
-    made = joint_model(depth=2, dropout=0.5).train()
-    made.fusion.eval()
-    made(batch()).logits.sum().backward()
-    kept = [None if p.grad is None else p.grad.clone() for p in made.parameters()]
+    model = joint_model(depth=2, dropout=0.5).train()
+    model.fusion.eval()
+    model(batch()).logits.sum().backward()
+    kept = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
     if ends == "with the model's error":
-        made.head = Broken()
-        kept = kept[: len(list(made.parameters()))]
-    before = hooks(made), [m.training for m in made.modules()], torch.random.get_rng_state().tolist()
+        model.head = Broken()
+        kept = kept[: len(list(model.parameters()))]
+    before = hooks(model), [m.training for m in model.modules()], torch.random.get_rng_state().tolist()
     if ends == "well":
-        with torch.no_grad(), block(made):
-            made.eval()(batch())
-        made.train().fusion.eval()
+        with torch.no_grad(), block(model):
+            model.eval()(batch())
+        model.train().fusion.eval()
     elif ends == "with a user's error":
-        with pytest.raises(eq.EquipoiseError), torch.no_grad(), block(made):
-            made({"audio": torch.zeros(2, 7, 3)})
+        with pytest.raises(eq.EquipoiseError), torch.no_grad(), block(model):
+            model({"audio": torch.zeros(2, 7, 3)})
     else:
-        with pytest.raises(RuntimeError, match="broken"), torch.no_grad(), block(made):
-            made(batch())
-    assert (hooks(made), [m.training for m in made.modules()], torch.random.get_rng_state().tolist()) == before
+        with pytest.raises(RuntimeError, match="broken"), torch.no_grad(), block(model):
+            model(batch())
+    assert (hooks(model), [m.training for m in model.modules()], torch.random.get_rng_state().tolist()) == before
     if ends != "with the model's error":
-        assert all((a is None) == (p.grad is None) for a, p in zip(kept, made.parameters(), strict=True))
+        assert all((a is None) == (p.grad is None) for a, p in zip(kept, model.parameters(), strict=True))
     # Another block finds the model free.
     if ends != "with the model's error":
-        with torch.no_grad(), block(made):
-            made(batch())
+        with torch.no_grad(), block(model):
+            model(batch())
 
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_transformers_state_is_restored(fails):
     from transformers import AttentionInterface
 
-    made, inputs, _ = llava()
+    model, inputs, _ = llava()
     # transformers has hooks of its own, from the first pass on.
-    made(**inputs)
-    before, interface = hooks(made), dict(vars(AttentionInterface))
+    model(**inputs)
+    before, interface = hooks(model), dict(vars(AttentionInterface))
     if fails:
-        made.lm_head = Broken()
-        with pytest.raises(RuntimeError, match="broken"), without_modality(made, "image"):
-            made(**inputs)
+        model.lm_head = Broken()
+        with pytest.raises(RuntimeError, match="broken"), without_modality(model, "image"):
+            model(**inputs)
         return
-    with torch.no_grad(), without_modality(made, "image"):
-        made(**inputs)
-    assert hooks(made) == before
+    with torch.no_grad(), without_modality(model, "image"):
+        model(**inputs)
+    assert hooks(model) == before
     assert dict(vars(AttentionInterface)) == interface
 
 
 def test_errors():
-    made, inputs = joint_model(), batch()
+    model, inputs = joint_model(), batch()
     with (
         pytest.raises(ConfigError, match=r"without_modality: expected a known modality, got 'imag'. Did you mean"),
-        without_modality(made, "imag"),
+        without_modality(model, "imag"),
     ):
-        made(inputs)
+        model(inputs)
     vlm, prompt, _ = llava()
     with (
         pytest.raises(ConfigError, match=r"without_modality: expected a known modality, got 'audio'. Choose one of"),
@@ -417,13 +417,13 @@ def test_errors():
         raise AssertionError("never reached")
     with (
         pytest.raises(ConfigError, match=r"quag: expected a known cls_rows, got 'none'"),
-        with_quag(made, "all", cls_rows="none"),
+        with_quag(model, "all", cls_rows="none"),
     ):
         raise AssertionError("never reached")
     message = (
         r"without_modality: expected attention with keys of 'image', got a model that was not called. Call the model"
     )
-    with pytest.raises(ConfigError, match=message), without_modality(made, "image"):
+    with pytest.raises(ConfigError, match=message), without_modality(model, "image"):
         pass
     words = {"input_ids": prompt["input_ids"].clamp(max=80), "attention_mask": prompt["attention_mask"]}
     message = r"expected attention with keys of 'image', got none. Check that the batch"
@@ -446,13 +446,13 @@ def test_unsupported_attention_raises():
         layer(tokens)
     message = r"without_modality changed only some of the calls of 'Reader', but it has 7 keys, and modality is given"
     block = contextlib.ExitStack()
-    found = block.enter_context(without_modality(layer, "0", modality=short))
+    result = block.enter_context(without_modality(layer, "0", modality=short))
     layer(tokens[:, :5])
     layer(tokens)
     with pytest.warns(UserWarning, match=message):
         block.close()
-    assert found.changed == ("Reader",)
-    assert list(found.missing) == ["Reader"]
+    assert result.changed == ("Reader",)
+    assert list(result.missing) == ["Reader"]
     clip, prompt = family("clip")
     message = "attention with keys of 'image', got unimodal encoders only. They do not attend"
     with pytest.raises(ConfigError, match=message), torch.no_grad(), without_modality(clip, "image"):
@@ -460,35 +460,35 @@ def test_unsupported_attention_raises():
 
 
 def test_queries_of_unknown_modality():
-    made, inputs = attention_model(NAMES, fusion=eq.fusion.MMML(DIM, heads=2)).eval(), batch(NAMES)
+    model, inputs = attention_model(NAMES, fusion=eq.fusion.MMML(DIM, heads=2)).eval(), batch(NAMES)
     message = (
         r"with quadrants of 'crossmodal', got '.*', but the modality of its queries is not known \(2 more layers\)"
     )
-    with pytest.raises(ConfigError, match=message), with_quag(made, "crossmodal") as found:
-        made(inputs)
-    assert found.changed == ()
-    plain = made(inputs).logits
-    with with_quag(made, "avg-audio") as found:
-        assert not torch.equal(made(inputs).logits, plain)
-    assert len(found.changed) == 2
+    with pytest.raises(ConfigError, match=message), with_quag(model, "crossmodal") as result:
+        model(inputs)
+    assert result.changed == ()
+    plain = model(inputs).logits
+    with with_quag(model, "avg-audio") as result:
+        assert not torch.equal(model(inputs).logits, plain)
+    assert len(result.changed) == 2
 
 
 @pytest.mark.parametrize("inner", ["the model", "a part of it"])
 def test_nested_interventions_raise(inner):
-    made, inputs = joint_model(depth=2), batch()
-    part = made if inner == "the model" else made.fusion
+    model, inputs = joint_model(depth=2), batch()
+    part = model if inner == "the model" else model.fusion
     message = (
         r"with_quag: expected a model without another active intervention, got one inside a block of without_modality"
     )
-    with torch.no_grad(), without_modality(made, "image"):
+    with torch.no_grad(), without_modality(model, "image"):
         with pytest.raises(ConfigError, match=message), with_quag(part, "all"):
             raise AssertionError("never reached")
-        made(inputs)
+        model(inputs)
     with torch.no_grad(), without_modality(part, "image"):
-        with pytest.raises(ConfigError, match=message), with_quag(made, "all"):
+        with pytest.raises(ConfigError, match=message), with_quag(model, "all"):
             raise AssertionError("never reached")
-        made(inputs)
+        model(inputs)
     other = joint_model(depth=2, seed=1)
-    with torch.no_grad(), without_modality(made, "image"), with_quag(other, "all") as found:
-        made(inputs), other(inputs)
-    assert len(found.changed) == 2
+    with torch.no_grad(), without_modality(model, "image"), with_quag(other, "all") as result:
+        model(inputs), other(inputs)
+    assert len(result.changed) == 2

@@ -32,70 +32,70 @@ def slow_wasserstein(a, b):
     return area
 
 
-def expected_cosines(made, batches, count):
+def expected_cosines(model, batches, count):
     """Of the class query and the mean key of each modality, over all samples and heads, from the parameters alone."""
-    found = [[] for _ in range(count)]
-    for query, key, labels, valid, _ in oracle_samples(made, batches):
+    result = [[] for _ in range(count)]
+    for query, key, labels, valid, _ in oracle_samples(model, batches):
         for head in range(query.shape[0]):
             for label in range(count):
                 own = [k for k, m, v in zip(key[head], labels, valid, strict=True) if m == label and v]
                 if own:
                     middle, row = sum(own) / len(own), query[head, 0]
                     length = math.sqrt(float(middle @ middle) * float(row @ row))
-                    found[label].append(float(row @ middle) / length)
-    return found
+                    result[label].append(float(row @ middle) / length)
+    return result
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_against_loops(count):
     names = NAMES[:count]
-    made = joint_model(names)
+    model = joint_model(names)
     missing = ("image",) if count > 1 else ()
     batches = [batch(names, seed=seed, missing=missing) for seed in range(3)]
-    found = key_geometry(made, batches)
-    values = expected_cosines(made, batches, count)
+    result = key_geometry(model, batches)
+    values = expected_cosines(model, batches, count)
     means = [mean(own) for own in values]
-    assert found.distribution == key_distribution(collect_predictions(made, batches))
+    assert result.distribution == key_distribution(collect_predictions(model, batches))
     for label, name in enumerate(names):
-        others = [other for place, other in enumerate(means) if place != label]
+        others = [other for index, other in enumerate(means) if index != label]
         expected = means[label] - mean(others) if others else None
-        assert found.air[name] == (expected if expected is None else pytest.approx(expected, rel=1e-4))
-    assert found.range == pytest.approx(max(means) - min(means), **SINGLE)
+        assert result.air[name] == (expected if expected is None else pytest.approx(expected, rel=1e-4))
+    assert result.range == pytest.approx(max(means) - min(means), **SINGLE)
     pairs = list(combinations(range(count), 2))
-    assert [(gap.first, gap.second) for gap in found.gaps] == [(names[a], names[b]) for a, b in pairs]
-    for gap, (a, b) in zip(found.gaps, pairs, strict=True):
+    assert [(gap.first, gap.second) for gap in result.gaps] == [(names[a], names[b]) for a, b in pairs]
+    for gap, (a, b) in zip(result.gaps, pairs, strict=True):
         assert gap.wasserstein == pytest.approx(slow_wasserstein(values[a], values[b]), **SINGLE)
-        bins = [[min(int((value + 1) / 0.05), 39) for value in values[place]] for place in (a, b)]
+        bins = [[min(int((value + 1) / 0.05), 39) for value in values[index]] for index in (a, b)]
         common = sum(min(own.count(i) / len(own) for own in bins) for i in range(40))
         assert gap.overlap == pytest.approx(common, **EXACT)
-    assert found.replaced is None
-    assert found.shift == {}
+    assert result.replaced is None
+    assert result.shift == {}
 
 
 @pytest.mark.parametrize("given", [None, {"image": (0.5, 2.0)}])
 @pytest.mark.parametrize("count", [2, 3])
 def test_noise_shifts_the_replaced_modality(count, given):
     names = NAMES[:count]
-    made, batches = joint_model(names), [batch(names, seed=seed) for seed in range(3)]
-    found = key_geometry(made, lambda: iter(batches), replaced="image", noise=given, seed=5)
+    model, batches = joint_model(names), [batch(names, seed=seed) for seed in range(3)]
+    result = key_geometry(model, lambda: iter(batches), replaced="image", noise=given, seed=5)
     level = (0.5, 2.0) if given else input_statistics(batches, "image", who="test")
     noisy = [
         {**inputs, "image": NoiseSource("image", *level, seed=5).of(inputs["image"], number)}
         for number, inputs in enumerate(batches)
     ]
-    before, after = expected_cosines(made, batches, count), expected_cosines(made, noisy, count)
+    before, after = expected_cosines(model, batches, count), expected_cosines(model, noisy, count)
     for label, name in enumerate(names):
-        assert found.shift[name] == pytest.approx(mean(after[label]) - mean(before[label]), **SINGLE)
+        assert result.shift[name] == pytest.approx(mean(after[label]) - mean(before[label]), **SINGLE)
     # Linear encoders: the others' keys and the class query of the first layer stay as they were.
-    assert {name for name, shift in found.shift.items() if shift} == {"image"}
-    assert found.replaced == "image"
-    assert found.distribution == key_geometry(made, batches).distribution
+    assert {name for name, shift in result.shift.items() if shift} == {"image"}
+    assert result.replaced == "image"
+    assert result.distribution == key_geometry(model, batches).distribution
 
 
 def test_to_dict():
-    made, batches = joint_model(NAMES[:3]), [batch(NAMES[:3])]
-    plain = key_geometry(made, batches).to_dict()
-    made_of = json.loads(json.dumps(key_geometry(made, batches, replaced="text").to_dict(), allow_nan=False))
+    model, batches = joint_model(NAMES[:3]), [batch(NAMES[:3])]
+    plain = key_geometry(model, batches).to_dict()
+    made_of = json.loads(json.dumps(key_geometry(model, batches, replaced="text").to_dict(), allow_nan=False))
     assert plain["replaced"] is None
     assert plain["modalities"]["text"]["shift"] is None
     assert made_of["replaced"] == "text"
@@ -107,13 +107,13 @@ def test_to_dict():
 
 
 def test_modality_without_samples():
-    made, lacking = joint_model(NAMES[:2]), [{**batch(), "image": None}]
-    found = key_geometry(made, lacking)
-    assert found.air == {"audio": None, "image": None}
-    assert found.range == 0.0
-    assert (found.gaps[0].wasserstein, found.gaps[0].overlap) == (None, None)
-    json.dumps(found.to_dict(), allow_nan=False)
-    assert key_geometry(made, lacking, replaced="audio").shift["image"] is None
+    model, lacking = joint_model(NAMES[:2]), [{**batch(), "image": None}]
+    result = key_geometry(model, lacking)
+    assert result.air == {"audio": None, "image": None}
+    assert result.range == 0.0
+    assert (result.gaps[0].wasserstein, result.gaps[0].overlap) == (None, None)
+    json.dumps(result.to_dict(), allow_nan=False)
+    assert key_geometry(model, lacking, replaced="audio").shift["image"] is None
 
 
 @settings(max_examples=25, deadline=None)
@@ -124,12 +124,12 @@ def test_modality_without_samples():
 )
 def test_wasserstein(a, b, offset):
     left, right = (torch.tensor(values, dtype=torch.float64) for values in (a, b))
-    found = wasserstein(left, right)
-    assert found == pytest.approx(slow_wasserstein(a, b), **EXACT)
-    assert wasserstein(right, left) == pytest.approx(found, **EXACT)
+    result = wasserstein(left, right)
+    assert result == pytest.approx(slow_wasserstein(a, b), **EXACT)
+    assert wasserstein(right, left) == pytest.approx(result, **EXACT)
     assert wasserstein(left, left + offset) == pytest.approx(abs(offset), **EXACT)
     holes = torch.cat([left, torch.tensor([math.nan]).double()])
-    assert wasserstein(holes[:, None], right) == pytest.approx(found, **EXACT)
+    assert wasserstein(holes[:, None], right) == pytest.approx(result, **EXACT)
 
 
 @settings(max_examples=25, deadline=None)
@@ -152,28 +152,28 @@ def test_empty_samples_have_no_distance():
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.floats(-1, 1), min_size=2, max_size=5))
 def test_imbalance_sums_to_zero_and_matches_the_paper_for_two(means):
-    found = imbalance({str(place): value for place, value in enumerate(means)})
-    assert sum(found.values()) == pytest.approx(0, abs=1e-12)
+    result = imbalance({str(index): value for index, value in enumerate(means)})
+    assert sum(result.values()) == pytest.approx(0, abs=1e-12)
     if len(means) == 2:
-        assert found["0"] == means[0] - means[1]
+        assert result["0"] == means[0] - means[1]
     assert imbalance({"a": 0.5}) == {"a": None}
 
 
 def test_errors():
-    made = joint_model()
+    model = joint_model()
     encoders = {"audio": torch.nn.Linear(3, 12), "image": torch.nn.Linear(5, 12)}
     with pytest.raises(ConfigError, match=r"key_geometry: expected a model with attention.*, got a static fusion\. St"):
         key_geometry(eq.FusionModel(encoders, eq.fusion.Concat(12), 3).double(), [batch()])
     with pytest.raises(ConfigError, match=r"key_geometry: expected a known modality, got 'imag'. Did you mean 'image'"):
-        key_geometry(made, [batch()], replaced="imag")
+        key_geometry(model, [batch()], replaced="imag")
     with pytest.raises(ConfigError, match=r"key_geometry: expected a known entry of noise, got 'image'"):
-        key_geometry(made, [batch()], replaced="image", noise={"audio": (0.0, 1.0)})
+        key_geometry(model, [batch()], replaced="image", noise={"audio": (0.0, 1.0)})
     with pytest.raises(ShapeError, match=r"expected at least one batch, got none"):
-        key_geometry(made, [])
+        key_geometry(model, [])
     with pytest.raises(ShapeError, match=r"expected at least one batch, got none. .* or the loader used up"):
-        key_geometry(made, iter([batch()]), replaced="image")
+        key_geometry(model, iter([batch()]), replaced="image")
     with pytest.raises(ShapeError, match=r"'image': expected a floating tensor or word ids in every batch"):
-        key_geometry(made, [batch(), {**batch(), "image": None}], replaced="image")
+        key_geometry(model, [batch(), {**batch(), "image": None}], replaced="image")
     with pytest.raises(ShapeError, match=r"overlap: expected two histograms over the same bins, got \(2,\) and \(3,\)"):
         overlap([1, 2], [1, 2, 3])
 
@@ -185,26 +185,26 @@ class Broken(torch.nn.Linear):
 
 @pytest.mark.parametrize("goes", ["well", "user error", "model error"])
 def test_model_state_is_restored(goes):
-    made = joint_model(dropout=0.5).train()
-    made.fusion.eval()
+    model = joint_model(dropout=0.5).train()
+    model.fusion.eval()
     if goes == "model error":
-        made.encoders["audio"] = Broken(3, 12)
-    modules = list(made.modules())
+        model.encoders["audio"] = Broken(3, 12)
+    modules = list(model.modules())
     before = [module.training for module in modules]
     hooks = [(len(m._forward_pre_hooks), len(m._forward_hooks), len(m._backward_hooks)) for m in modules]
-    weights = {name: value.clone() for name, value in made.state_dict().items()}
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
     state = torch.random.get_rng_state()
     if goes == "well":
-        key_geometry(made, [batch()], replaced="audio")
+        key_geometry(model, [batch()], replaced="audio")
     elif goes == "user error":
         with pytest.raises(ShapeError):
-            key_geometry(made, [batch(), (1, 2)], replaced="audio")
+            key_geometry(model, [batch(), (1, 2)], replaced="audio")
     else:
         with pytest.raises(RuntimeError, match="no such sound"):
-            key_geometry(made, [batch()], replaced="audio")
+            key_geometry(model, [batch()], replaced="audio")
     assert [module.training for module in modules] == before
     assert [(len(m._forward_pre_hooks), len(m._forward_hooks), len(m._backward_hooks)) for m in modules] == hooks
     assert torch.equal(torch.random.get_rng_state(), state)
-    assert all(parameter.grad is None and parameter.requires_grad for parameter in made.parameters())
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
     assert torch.is_grad_enabled()
-    assert all(torch.equal(value, weights[name]) for name, value in made.state_dict().items())
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())

@@ -38,7 +38,7 @@ def random_layers(seed=0):
 
 def slow_share(attention):
     """share[m][n] of one layer: queries of m that may see both modalities, by loops."""
-    found = [[[], []], [[], []]]
+    result = [[[], []], [[], []]]
     heads = attention.mean(dim=1).tolist()
     for b in range(BATCH):
         for i in range(TOKENS):
@@ -46,64 +46,64 @@ def slow_share(attention):
             if LABELS[b, i] >= 0 and {int(LABELS[b, j]) for j in keys} == {0, 1}:
                 for n in range(2):
                     part = sum(heads[b][i][j] for j in keys if LABELS[b, j] == n)
-                    found[int(LABELS[b, i])][n].append(part)
-    return [[mean(values) for values in row] for row in found]
+                    result[int(LABELS[b, i])][n].append(part)
+    return [[mean(values) for values in row] for row in result]
 
 
 def test_metrics_against_loops():
     attention, hidden = random_layers()
-    found = eq.diagnostics.modality_links(attention, hidden, LABELS, mask=causal_mask())
+    result = eq.diagnostics.modality_links(attention, hidden, LABELS, mask=causal_mask())
     shares = [slow_share(layer) for layer in attention]
-    torch.testing.assert_close(found.share, torch.tensor(shares, dtype=torch.float64), **EXACT)
+    torch.testing.assert_close(result.share, torch.tensor(shares, dtype=torch.float64), **EXACT)
     errors = []
     for layer in hidden:
         tokens = [[layer[b, i].numpy() for b in range(BATCH) for i in range(TOKENS) if REAL[b, i] and LABELS[b, i] == m]
                   for m in range(2)]  # fmt: skip
         one, other = (np.mean(part, axis=0) for part in tokens)
         errors.append(1 - one @ other / np.linalg.norm(one) / np.linalg.norm(other))
-    assert found.errors.tolist() == pytest.approx(errors, **NUMBER)
+    assert result.errors.tolist() == pytest.approx(errors, **NUMBER)
     for m in range(2):
         own = [abs(s[m][m] - s[m][1 - m]) / (s[m][m] + s[m][1 - m]) for s in shares]
-        assert float(found.gap[m]) == pytest.approx(100 * mean(own), **NUMBER)
+        assert float(result.gap[m]) == pytest.approx(100 * mean(own), **NUMBER)
         slope = np.polyfit([1, 2, 3], [math.log(s[m][1 - m]) for s in shares], 1)[0]
-        assert float(found.gamma[m, 1 - m]) == pytest.approx(math.exp(slope), **NUMBER)
-        wanted = sum(level * slope + math.log(error) for level, error in enumerate(errors, start=1))
-        assert float(found.e_dda[m, 1 - m]) == pytest.approx(wanted, **NUMBER)
-        assert 0 <= float(found.r2[m, 1 - m]) <= 1
-        assert math.isnan(found.gamma[m, m])
+        assert float(result.gamma[m, 1 - m]) == pytest.approx(math.exp(slope), **NUMBER)
+        expected = sum(level * slope + math.log(error) for level, error in enumerate(errors, start=1))
+        assert float(result.e_dda[m, 1 - m]) == pytest.approx(expected, **NUMBER)
+        assert 0 <= float(result.r2[m, 1 - m]) <= 1
+        assert math.isnan(result.gamma[m, m])
         # The last token that is none of padding writes the answer.
-        last = [mean([float(layer[b, :, place, LABELS[b] == m].sum(dim=-1).mean()) for b, place in ((0, 4), (1, 6))])
+        last = [mean([float(layer[b, :, index, LABELS[b] == m].sum(dim=-1).mean()) for b, index in ((0, 4), (1, 6))])
                 for layer in attention]  # fmt: skip
-        assert found.last[:, m].tolist() == pytest.approx(last, **NUMBER)
+        assert result.last[:, m].tolist() == pytest.approx(last, **NUMBER)
     parts = []
     for b in range(BATCH):
         tokens = hidden[-1][b][REAL[b]].numpy()
         parts.append(np.linalg.norm(tokens - tokens.mean(axis=0)) / np.linalg.norm(tokens))
-    assert float(found.residual[-1]) == pytest.approx(mean(parts), **NUMBER)
+    assert float(result.residual[-1]) == pytest.approx(mean(parts), **NUMBER)
 
 
 def test_summary_text():
     attention, hidden = random_layers()
-    found = eq.diagnostics.modality_links(attention, hidden, LABELS, mask=causal_mask())
-    rows = found.rows(("text", "image"))
-    assert rows["gap of image, %"] == float(found.gap[1])
-    assert rows["text to image, share"] == pytest.approx(float(found.share[:, 0, 1].mean()))
-    assert rows["image to text, gamma"] == float(found.gamma[1, 0])
-    assert rows["text to image, log E"] == float(found.e_dda[0, 1])
-    assert rows["last token to text, share"] == pytest.approx(float(found.last[:, 0].mean()))
+    result = eq.diagnostics.modality_links(attention, hidden, LABELS, mask=causal_mask())
+    rows = result.rows(("text", "image"))
+    assert rows["gap of image, %"] == float(result.gap[1])
+    assert rows["text to image, share"] == pytest.approx(float(result.share[:, 0, 1].mean()))
+    assert rows["image to text, gamma"] == float(result.gamma[1, 0])
+    assert rows["text to image, log E"] == float(result.e_dda[0, 1])
+    assert rows["last token to text, share"] == pytest.approx(float(result.last[:, 0].mean()))
     assert len(rows) == 2 + 6 + 2 + 2
     with pytest.raises(ConfigError, match="modality_links: expected names of 2 modalities, got text"):
-        found.rows(("text",))
+        result.rows(("text",))
 
 
 def test_modalities_without_cross_attention_are_undefined():
     attention, hidden = random_layers()
     # The picture comes first and cannot look ahead.
     labels = torch.tensor([1, 1, 1, 0, 0, 0, 0])
-    found = eq.diagnostics.modality_links(attention, hidden, labels, mask=causal_mask())
-    assert math.isnan(found.gap[1])
-    assert math.isnan(found.gamma[1, 0])
-    assert not math.isnan(found.gap[0])
+    result = eq.diagnostics.modality_links(attention, hidden, labels, mask=causal_mask())
+    assert math.isnan(result.gap[1])
+    assert math.isnan(result.gamma[1, 0])
+    assert not math.isnan(result.gap[0])
 
 
 def test_mismatched_layers_raise():
@@ -131,8 +131,8 @@ def test_huggingface_model_with_and_without_moda(monkeypatch):
     with torch.no_grad():
         output = model(**inputs, output_attentions=True, output_hidden_states=True)
     seen = torch.ones(13, 13, dtype=torch.bool).tril().expand(2, -1, -1)
-    wanted = eq.diagnostics.modality_links(output.attentions, output.hidden_states[1:], labels, mask=seen)
-    torch.testing.assert_close(before.share, wanted.share)
+    expected = eq.diagnostics.modality_links(output.attentions, output.hidden_states[1:], labels, mask=seen)
+    torch.testing.assert_close(before.share, expected.share)
     moda = eq.hf.apply_moda(model)
     torch.testing.assert_close(read_modality_links(model, [inputs], labels).share, before.share, rtol=0, atol=0)
     with torch.no_grad():
@@ -158,8 +158,8 @@ def test_example_runs(tmp_path, monkeypatch, capsys):
         warnings.simplefilter("ignore", FutureWarning)
         path = Path(__file__).parents[2] / "examples" / "moda_before_after.py"
         runpy.run_path(str(path), run_name="__main__")
-    said = capsys.readouterr().out.splitlines()
-    assert said[0].startswith("gap of text, %")
-    assert len(said) == 12
-    assert "nan" not in "".join(said)
+    message = capsys.readouterr().out.splitlines()
+    assert message[0].startswith("gap of text, %")
+    assert len(message) == 12
+    assert "nan" not in "".join(message)
     assert (tmp_path / "moda_before_after.png").stat().st_size > 1000

@@ -29,30 +29,30 @@ WRONG = {
 @pytest.mark.parametrize("name", RUNS)
 @pytest.mark.parametrize("ends", ["well", "with a user's error", "with the model's error"])
 def test_model_state_is_restored(name, ends):
-    made = joint_model(dropout=0.5).train()
-    made.fusion.eval()
-    made.head.weight.requires_grad_(False)
+    model = joint_model(dropout=0.5).train()
+    model.fusion.eval()
+    model.head.weight.requires_grad_(False)
     batches = [batch(seed=seed) for seed in range(2)]
     # Some gradients are there already, as in the middle of an accumulation.
-    made.loss(made(batches[0]).logits, batches[0]["target"]).backward()
-    made.head.bias.grad = None
+    model.loss(model(batches[0]).logits, batches[0]["target"]).backward()
+    model.head.bias.grad = None
     if ends == "with the model's error":
-        made.encoders["audio"] = FailingModel()
-    before, given = model_state(made, batches), copy.deepcopy(batches)
+        model.encoders["audio"] = FailingModel()
+    before, given = model_state(model, batches), copy.deepcopy(batches)
     if ends == "well":
-        RUNS[name](made, batches)
+        RUNS[name](model, batches)
     elif ends == "with a user's error":
         with pytest.raises(EquipoiseError):
-            WRONG[name](made, batches)
+            WRONG[name](model, batches)
     else:
         with pytest.raises(RuntimeError, match="broken"):
-            RUNS[name](made, batches)
-    assert model_state(made, batches) == before
+            RUNS[name](model, batches)
+    assert model_state(model, batches) == before
     assert all(torch.equal(a[key], b[key]) for a, b in zip(batches, given, strict=True) for key in a)
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_the_same_figures_again(name):
-    made, batches = joint_model(dropout=0.5).train(), [batch(seed=seed) for seed in range(2)]
-    first, second = (RUNS[name](made, batches) for _ in range(2))
+    model, batches = joint_model(dropout=0.5).train(), [batch(seed=seed) for seed in range(2)]
+    first, second = (RUNS[name](model, batches) for _ in range(2))
     assert str(first) == str(second)

@@ -86,9 +86,9 @@ def test_response_against_loops_for_three_modalities():
 
 @pytest.mark.parametrize("names", [("audio", "image"), ("audio", "image", "text")])
 def test_on_a_model(names):
-    made = joint_model(names)
+    model = joint_model(names)
     batches = [batch(names, seed=seed) for seed in range(3)]
-    answer = noise_response(made, batches, modality="image", noise={"image": (0.5, 2.0)}, seed=3)
+    answer = noise_response(model, batches, modality="image", noise={"image": (0.5, 2.0)}, seed=3)
     assert -1 <= answer.r <= 1
     assert answer.r != 0
     changed = []
@@ -96,22 +96,22 @@ def test_on_a_model(names):
         generator = torch.Generator().manual_seed(3 * 1_000_003 + number)
         shape = inputs["image"].shape
         changed.append({**inputs, "image": (torch.randn(shape, generator=generator) * 2 + 0.5).double()})
-    made.eval()
-    share = torch.cat([made(inputs).share for inputs in changed]).mean(dim=1)
+    model.eval()
+    share = torch.cat([model(inputs).share for inputs in changed]).mean(dim=1)
     rest = [index for index, name in enumerate(names) if name != "image"]
     torch.testing.assert_close(answer.noise, share[:, rest].sum(dim=1).float(), **TOL[torch.float32])
-    assert noise_response(made, lambda: batches).modality == most_attended(collect_predictions(made, batches))
+    assert noise_response(model, lambda: batches).modality == most_attended(collect_predictions(model, batches))
 
 
 def test_per_sample_noise_level():
     """A loop over samples: the mean and deviation of the values that a mask leaves, NaN under it left alone."""
-    made, inputs = joint_model(), batch(size=6)
+    model, inputs = joint_model(), batch(size=6)
     inputs["audio"] = inputs["audio"] * torch.arange(1.0, 7.0).double()[:, None, None] + 3
     token = torch.ones(6, 7, dtype=torch.bool)
     token[1, 4:], token[2, :] = False, False
     inputs["mask"] = {"audio": token}
     inputs["audio"][1, 4:] = torch.nan
-    found = noise_response(made, [inputs], modality="audio", seed=3)
+    result = noise_response(model, [inputs], modality="audio", seed=3)
     drawn = torch.randn(6, 7, 3, generator=torch.Generator().manual_seed(3 * 1_000_003)).double()
     replaced = inputs["audio"].clone()
     for i in range(6):
@@ -119,11 +119,11 @@ def test_per_sample_noise_level():
         if len(own):
             deviation = math.sqrt(sum((float(x) - float(own.mean())) ** 2 for x in own.flatten()) / own.numel())
             replaced[i] = drawn[i] * deviation + own.mean()
-    made.eval()
-    share = made({**inputs, "audio": replaced}).share.mean(dim=1)[:, 1]
+    model.eval()
+    share = model({**inputs, "audio": replaced}).share.mean(dim=1)[:, 1]
     # The sample without audio is left out.
-    torch.testing.assert_close(found.noise, share[[0, 1, 3, 4, 5]].float(), **TOL[torch.float32])
-    assert len(found.clean) == 5
+    torch.testing.assert_close(result.noise, share[[0, 1, 3, 4, 5]].float(), **TOL[torch.float32])
+    assert len(result.clean) == 5
     mean, std = input_statistics([inputs], "audio", who="test")
     valid = inputs["audio"][token]
     assert (mean, std) == pytest.approx((float(valid.mean()), float(valid.std(correction=0))))
@@ -139,39 +139,39 @@ def test_sample_masks_and_encoder_token_masks():
 
 
 def test_samples_without_the_modality_are_excluded():
-    made, inputs = joint_model(), batch(size=7, missing=("audio",))
+    model, inputs = joint_model(), batch(size=7, missing=("audio",))
     has = inputs["mask"]["audio"]
     kept = {name: values[has] for name, values in inputs.items() if name != "mask"}
-    found, alone = (
-        noise_response(made, [part], modality="audio", noise={"audio": (9.0, 0.0)}) for part in (inputs, kept)
+    result, alone = (
+        noise_response(model, [part], modality="audio", noise={"audio": (9.0, 0.0)}) for part in (inputs, kept)
     )
-    assert len(found.clean) == int(has.sum()) < 7
-    assert found.r == pytest.approx(alone.r)
+    assert len(result.clean) == int(has.sum()) < 7
+    assert result.r == pytest.approx(alone.r)
 
 
 def test_sign_can_depend_on_the_level():
     """Noise of another level moves attention this way or that way, noise of the own level less."""
-    made = joint_model(names=("audio", "image"), heads=1)
+    model = joint_model(names=("audio", "image"), heads=1)
     batches = [batch(seed=seed, size=50) for seed in range(2)]
-    own = noise_response(made, batches, modality="audio").r
-    loud, quiet = (noise_response(made, batches, modality="audio", noise={"audio": (m, 1.0)}).r for m in (6.0, -6.0))
+    own = noise_response(model, batches, modality="audio").r
+    loud, quiet = (noise_response(model, batches, modality="audio", noise={"audio": (m, 1.0)}).r for m in (6.0, -6.0))
     assert loud * quiet < 0
     assert abs(own) < min(abs(loud), abs(quiet))
 
 
 def test_constant_attention_has_no_response():
-    made = joint_model(depth=1)
+    model = joint_model(depth=1)
     with torch.no_grad():
-        made.fusion.attention.query.weight.zero_()
-        made.fusion.attention.query.bias.zero_()
+        model.fusion.attention.query.weight.zero_()
+        model.fusion.attention.query.bias.zero_()
     with pytest.warns(UserWarning, match="attention to modalities other than 'audio' is constant; r is NaN"):
-        assert math.isnan(noise_response(made, [batch()], modality="audio").r)
+        assert math.isnan(noise_response(model, [batch()], modality="audio").r)
 
 
 def test_errors():
     import equipoise as eq
 
-    made = joint_model()
+    model = joint_model()
     static = eq.FusionModel(
         {"audio": torch.nn.Linear(3, 12), "image": torch.nn.Linear(5, 12)}, eq.fusion.Concat(12), 3
     ).double()
@@ -179,41 +179,41 @@ def test_errors():
         with pytest.raises(ConfigError, match=r"noise_response: expected a model with attention.*got a static fusion"):
             noise_response(static, [batch()], **options)
     with pytest.raises(ConfigError, match=r"expected a known modality, got 'imag'. Did you mean 'image'"):
-        noise_response(made, [batch()], modality="imag")
+        noise_response(model, [batch()], modality="imag")
     with pytest.raises(ConfigError, match="expected a known entry of noise, got 'image'"):
-        noise_response(made, [batch()], modality="image", noise={"audio": (0.0, 1.0)})
+        noise_response(model, [batch()], modality="image", noise={"audio": (0.0, 1.0)})
     with pytest.raises(ConfigError, match=r"expected noise = 'sample', or a dict: .*, got 'train'\. For the training"):
-        noise_response(made, [batch()], modality="image", noise="train")
+        noise_response(model, [batch()], modality="image", noise="train")
     with pytest.raises(ConfigError, match="read: expected a known modality"):
-        collect_predictions(made, [batch()], noise=NoiseSource("imag"))
+        collect_predictions(model, [batch()], noise=NoiseSource("imag"))
     with pytest.raises(ShapeError, match=r"at least one batch, got none. Is the split empty, or the loader used up"):
-        noise_response(made, iter([batch()]), modality="audio")
+        noise_response(model, iter([batch()]), modality="audio")
 
 
 def test_target_is_not_required():
-    made, batches = joint_model(), [batch(seed=seed) for seed in range(3)]
+    model, batches = joint_model(), [batch(seed=seed) for seed in range(3)]
     without = [{name: value for name, value in inputs.items() if name != "target"} for inputs in batches]
-    assert noise_response(made, without).r == noise_response(made, batches).r
-    assert collect_predictions(made, without).target.shape == (0,)
-    assert torch.equal(collect_predictions(made, batches).target, torch.cat([inputs["target"] for inputs in batches]))
+    assert noise_response(model, without).r == noise_response(model, batches).r
+    assert collect_predictions(model, without).target.shape == (0,)
+    assert torch.equal(collect_predictions(model, batches).target, torch.cat([inputs["target"] for inputs in batches]))
     with pytest.raises(
         ShapeError, match="read: expected a target in every batch or in none, got one in 2 of 3 batches"
     ):
-        collect_predictions(made, [*batches[:2], without[2]])
+        collect_predictions(model, [*batches[:2], without[2]])
 
 
 def test_batches_without_the_modality_are_unchanged():
-    made = joint_model()
+    model = joint_model()
     lacking = [batch(), {**batch(), "image": None}]
-    assert collect_predictions(made, lacking).share[5:, :, 1].abs().max() == 0
-    assert collect_predictions(made, lacking, noise=NoiseSource("audio")).cosine.isnan().any(dim=1)[:, 1].sum() == 5
+    assert collect_predictions(model, lacking).share[5:, :, 1].abs().max() == 0
+    assert collect_predictions(model, lacking, noise=NoiseSource("audio")).cosine.isnan().any(dim=1)[:, 1].sum() == 5
     message = "read 'image': expected a floating tensor or word ids in every batch.*, got NoneType. Leave out batches that lack"
     with pytest.raises(ShapeError, match=message):
-        collect_predictions(made, lacking, noise=NoiseSource("image"))
+        collect_predictions(model, lacking, noise=NoiseSource("image"))
     with pytest.raises(ShapeError, match=message.replace("read", "noise_response")):
-        noise_response(made, lacking, modality="image")
+        noise_response(model, lacking, modality="image")
     with pytest.raises(ShapeError, match=r"read 'image': .* got torch\.int64"):
-        collect_predictions(made, [{**batch(), "image": torch.zeros(5, 5, 5).long()}], noise=NoiseSource("image"))
+        collect_predictions(model, [{**batch(), "image": torch.zeros(5, 5, 5).long()}], noise=NoiseSource("image"))
 
 
 class UnnamedModel(torch.nn.Linear):
@@ -222,9 +222,9 @@ class UnnamedModel(torch.nn.Linear):
 
 
 def test_unsupported_models_raise():
-    made = joint_model()
+    model = joint_model()
     with pytest.raises(ShapeError, match=r"read: expected batches that are dicts: .* got tuple\. Wrap the loader"):
-        collect_predictions(made, [tuple(batch().values())])
+        collect_predictions(model, [tuple(batch().values())])
     with pytest.raises(ShapeError, match=r"noise_response: expected batches that are dicts"):
         input_statistics([[torch.zeros(2, 3)]], "audio", who="noise_response")
     foreign = UnnamedModel(3, 2).double()
@@ -239,21 +239,21 @@ def test_unsupported_models_raise():
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_model_state_is_restored(fails):
-    made = joint_model(dropout=0.5).train()
-    made.fusion.eval()
+    model = joint_model(dropout=0.5).train()
+    model.fusion.eval()
     batches = [batch(), {"audio": torch.zeros(2, 3)} if fails else batch()]
-    modes = [module.training for module in made.modules()]
-    hooks = [len(module._forward_pre_hooks) for module in made.modules()]
+    modes = [module.training for module in model.modules()]
+    hooks = [len(module._forward_pre_hooks) for module in model.modules()]
     state = torch.random.get_rng_state()
     if fails:
         with pytest.raises((ShapeError, KeyError)):
-            collect_predictions(made, batches, noise=NoiseSource("audio"))
+            collect_predictions(model, batches, noise=NoiseSource("audio"))
     else:
-        collect_predictions(made, batches, noise=NoiseSource("audio"))
-    assert [module.training for module in made.modules()] == modes
-    assert [len(module._forward_pre_hooks) for module in made.modules()] == hooks
+        collect_predictions(model, batches, noise=NoiseSource("audio"))
+    assert [module.training for module in model.modules()] == modes
+    assert [len(module._forward_pre_hooks) for module in model.modules()] == hooks
     assert torch.equal(torch.random.get_rng_state(), state)
-    assert all(parameter.grad is None for parameter in made.parameters())
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_noise_distributions():

@@ -20,12 +20,12 @@ EXACT, SINGLE = TOL[torch.float64], TOL[torch.float32]
 
 
 def slow_gen(logits, gamma, top):
-    found = []
+    result = []
     for row in logits:
-        whole = sum(math.exp(value) for value in row)
-        likely = sorted((math.exp(value) / whole for value in row), reverse=True)[:top]
-        found.append(-sum(p**gamma * (1 - p) ** gamma for p in likely))
-    return found
+        full = sum(math.exp(value) for value in row)
+        likely = sorted((math.exp(value) / full for value in row), reverse=True)[:top]
+        result.append(-sum(p**gamma * (1 - p) ** gamma for p in likely))
+    return result
 
 
 def slow_auroc(inside, outside):
@@ -36,8 +36,8 @@ def slow_auroc(inside, outside):
 def slow_fpr95(positives, negatives):
     """Every threshold in turn, the strictest first; a sample at the threshold counts as found."""
     for threshold in sorted({*positives, *negatives}, reverse=True):
-        found = sum(value >= threshold for value in positives)
-        if 100 * found >= 95 * len(positives):
+        result = sum(value >= threshold for value in positives)
+        if 100 * result >= 95 * len(positives):
             return sum(value >= threshold for value in negatives) / len(negatives)
     raise AssertionError
 
@@ -66,13 +66,13 @@ def test_gen_by_hand():
 @given(st.integers(1, 7), st.integers(2, 11), st.integers(0, 1000), st.sampled_from([0.1, 0.5, 1.0]), st.data())
 def test_confidences_against_sums(samples, classes, seed, gamma, data):
     values, top = random_logits(samples, classes, seed, 3.0), data.draw(st.integers(1, classes))
-    found = gen_score(values, gamma=gamma, top=top)
+    result = gen_score(values, gamma=gamma, top=top)
     expected = torch.tensor(slow_gen(values.tolist(), gamma, top), dtype=torch.float64)
-    torch.testing.assert_close(found, expected, rtol=1e3 * EXACT["rtol"], atol=EXACT["atol"])
+    torch.testing.assert_close(result, expected, rtol=1e3 * EXACT["rtol"], atol=EXACT["atol"])
     for number, row in enumerate(values.tolist()):
-        whole = sum(math.exp(value) for value in row)
-        assert float(msp(values)[number]) == pytest.approx(math.exp(max(row)) / whole)
-        assert float(energy(values)[number]) == pytest.approx(math.log(whole))
+        full = sum(math.exp(value) for value in row)
+        assert float(msp(values)[number]) == pytest.approx(math.exp(max(row)) / full)
+        assert float(energy(values)[number]) == pytest.approx(math.log(full))
         assert float(max_logit(values)[number]) == max(row)
 
 
@@ -90,9 +90,9 @@ def test_gen_is_invariant_to_class_order_and_offset(classes, seed, level):
 def test_near_certain_predictions_are_distinguished(dtype):
     # 1 - p is exp(-gap) for the first class, far below what is left of 1 in any of these types.
     gaps = torch.tensor([60.0, 80.0, 100.0], dtype=dtype)
-    found = gen_score(torch.stack([gaps, torch.zeros_like(gaps)], dim=1))
-    assert found.dtype == torch.float64
-    torch.testing.assert_close(found, -2 * (-0.1 * gaps.double()).exp(), **EXACT)
+    result = gen_score(torch.stack([gaps, torch.zeros_like(gaps)], dim=1))
+    assert result.dtype == torch.float64
+    torch.testing.assert_close(result, -2 * (-0.1 * gaps.double()).exp(), **EXACT)
     assert (msp(torch.stack([gaps, torch.zeros_like(gaps)], dim=1)) == 1).all()
 
 
@@ -136,32 +136,32 @@ def test_separable_and_equal_scores():
 
 @pytest.mark.parametrize("names", [("audio",), ("audio", "image"), ("audio", "image", "text")])
 def test_on_a_model(names):
-    made = joint_model(names)
+    model = joint_model(names)
     known = [batch(names, seed=seed, missing=names[1:]) for seed in range(3)]
     unknown = [{**batch(names, seed=9, size=7), "target": torch.full((7,), 99)}]
     for score, confidence in CONFIDENCES.items():
-        found = ood(made, known, unknown, score=score)
-        made.eval()
+        result = ood(model, known, unknown, score=score)
+        model.eval()
         with torch.no_grad():
-            inside, outside = (torch.cat([made(part).logits for part in parts]).float() for parts in (known, unknown))
-        torch.testing.assert_close(found.inside, confidence(inside), **SINGLE)
-        torch.testing.assert_close(found.outside, confidence(outside), **SINGLE)
-        assert found.score == score
-        assert found.auroc == slow_auroc(found.inside.tolist(), found.outside.tolist())
-        assert found.fpr95 == fpr95(found.inside, found.outside, positive="ood")
-        assert found.fpr95_id == fpr95(found.inside, found.outside, positive="id")
+            inside, outside = (torch.cat([model(part).logits for part in parts]).float() for parts in (known, unknown))
+        torch.testing.assert_close(result.inside, confidence(inside), **SINGLE)
+        torch.testing.assert_close(result.outside, confidence(outside), **SINGLE)
+        assert result.score == score
+        assert result.auroc == slow_auroc(result.inside.tolist(), result.outside.tolist())
+        assert result.fpr95 == fpr95(result.inside, result.outside, positive="ood")
+        assert result.fpr95_id == fpr95(result.inside, result.outside, positive="id")
         right = inside.argmax(dim=1) == torch.cat([part["target"] for part in known])
-        assert found.accuracy == pytest.approx(float(right.float().mean()))
+        assert result.accuracy == pytest.approx(float(right.float().mean()))
 
 
 def test_targets_are_needed_for_accuracy_only():
-    made = joint_model()
+    model = joint_model()
     without = [{name: value for name, value in batch().items() if name != "target"}]
-    found = ood(made, without, without, score=lambda logits: logits[:, 0])
-    assert math.isnan(found.accuracy)
-    assert (found.auroc, found.score) == (0.5, "<lambda>")
-    torch.testing.assert_close(found.inside, collect_predictions(made, without).logits[:, 0], **SINGLE)
-    assert ood(made, without, without, score=functools.partial(gen_score, top=2)).score == "partial"
+    result = ood(model, without, without, score=lambda logits: logits[:, 0])
+    assert math.isnan(result.accuracy)
+    assert (result.auroc, result.score) == (0.5, "<lambda>")
+    torch.testing.assert_close(result.inside, collect_predictions(model, without).logits[:, 0], **SINGLE)
+    assert ood(model, without, without, score=functools.partial(gen_score, top=2)).score == "partial"
 
 
 @pytest.mark.parametrize("confidence", CONFIDENCES.values(), ids=CONFIDENCES)
@@ -201,16 +201,16 @@ def test_invalid_scores_raise(figure):
 
 
 def test_errors():
-    made = joint_model()
+    model = joint_model()
     with pytest.raises(ConfigError, match=r"fpr95: expected positive 'ood' or 'id', got 'in'"):
         fpr95(torch.zeros(3), torch.zeros(3), positive="in")
     with pytest.raises(ConfigError, match=r"ood: expected a known score, got 'energie'. Did you mean 'energy'"):
-        ood(made, [batch()], [batch()], score="energie")
-    made.task = "regression"
+        ood(model, [batch()], [batch()], score="energie")
+    model.task = "regression"
     with pytest.raises(
         ConfigError, match="ood: expected a model for classification, got FusionModel with task = 'regr"
     ):
-        ood(made, [batch()], [batch()])
+        ood(model, [batch()], [batch()])
     with pytest.raises(ConfigError, match="got Linear with task = None"):
         ood(torch.nn.Linear(2, 3), [batch()], [batch()])
     with pytest.raises(ShapeError, match="at least one batch, got none"):

@@ -26,9 +26,9 @@ def test_page_is_complete_and_its_code_runs(page, capsys):
     assert blocks
     for block in blocks:
         exec(compile(block, f"{page}.md", "exec"), given)
-    said = capsys.readouterr().out
-    assert "nan" not in said
-    assert re.search(r"\d\.\d", said)
+    message = capsys.readouterr().out
+    assert "nan" not in message
+    assert re.search(r"\d\.\d", message)
 
 
 @pytest.mark.parametrize("page", NAMES)

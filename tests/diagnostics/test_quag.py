@@ -79,19 +79,19 @@ def expected_output(call, columns, rows, pairs):
 @pytest.mark.parametrize("cls_rows", ["keys", "skip", "all"])
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_operators(count, cls_rows):
-    found = operators(NAMES[:count], cls_rows=cls_rows)
-    assert len(found) == 3 + count
-    for name, wanted in every_operator(count):
-        assert set(found[name]) == slow.pairs_of(wanted, count, cls_rows)
-        assert len(set(found[name])) == len(found[name])
+    result = operators(NAMES[:count], cls_rows=cls_rows)
+    assert len(result) == 3 + count
+    for name, expected in every_operator(count):
+        assert set(result[name]) == slow.pairs_of(expected, count, cls_rows)
+        assert len(set(result[name])) == len(result[name])
 
 
 def test_hand_computed_operators():
-    found = operators(("audio", "image"))
-    assert found["unimodal"] == ((0, 0), (1, 1))
-    assert found["crossmodal"] == ((0, 1), (1, 0))
-    assert found["avg-audio"] == ((0, 0), (1, 0), (-1, 0))
-    assert set(found["all"]) == {(0, 0), (0, 1), (1, 0), (1, 1), (-1, 0), (-1, 1)}
+    result = operators(("audio", "image"))
+    assert result["unimodal"] == ((0, 0), (1, 1))
+    assert result["crossmodal"] == ((0, 1), (1, 0))
+    assert result["avg-audio"] == ((0, 0), (1, 0), (-1, 0))
+    assert set(result["all"]) == {(0, 0), (0, 1), (1, 0), (1, 1), (-1, 0), (-1, 1)}
     assert operators(("audio", "image"), cls_rows="skip")["avg-audio"] == ((0, 0), (1, 0))
     assert operators(("audio", "image"), cls_rows="all")["crossmodal"] == ((0, 1), (1, 0), (-1, 0), (-1, 1))
     assert operators(("audio",))["crossmodal"] == ()
@@ -101,28 +101,28 @@ def test_hand_computed_operators():
 @pytest.mark.parametrize("masked", [False, True])
 def test_matrix_against_loops(count, masked):
     seen = random_mask(BATCH, 1, ROWS, KEYS).expand(BATCH, HEADS, -1, -1) if masked else None
-    whole = torch.ones(BATCH, HEADS, ROWS, KEYS, dtype=torch.bool) if seen is None else seen
-    attention = normal(BATCH, HEADS, ROWS, KEYS).masked_fill(~whole, -1e9).softmax(-1) * whole
+    full = torch.ones(BATCH, HEADS, ROWS, KEYS, dtype=torch.bool) if seen is None else seen
+    attention = normal(BATCH, HEADS, ROWS, KEYS).masked_fill(~full, -1e9).softmax(-1) * full
     rows, columns = random_labels(count, BATCH, ROWS), random_labels(count, BATCH, KEYS, seed=1)
-    for name, wanted in every_operator(count):
+    for name, reference in every_operator(count):
         for cls_rows in ("keys", "skip", "all"):
             pairs = operators(NAMES[:count], cls_rows=cls_rows)[name]
-            found = quag_attention(attention, rows, columns, pairs, visible=seen)
-            expected = slow.quag(attention, rows, columns, slow.pairs_of(wanted, count, cls_rows), whole)
-            torch.testing.assert_close(found, expected, **EXACT)
+            result = quag_attention(attention, rows, columns, pairs, visible=seen)
+            expected = slow.quag(attention, rows, columns, slow.pairs_of(reference, count, cls_rows), full)
+            torch.testing.assert_close(result, expected, **EXACT)
 
 
 def test_hand_computed_matrix():
     attention = torch.tensor([[[[0.1, 0.5, 0.3, 0.1], [0.4, 0.0, 0.2, 0.4], [0.7, 0.1, 0.1, 0.1]]]])
     rows, columns = torch.tensor([-1, 0, 1]), torch.tensor([-1, 0, 0, 1])
     seen = torch.tensor([[True, True, True, True], [True, False, True, True], [True, True, True, True]])
-    found = quag_attention(attention, rows, columns, [(0, 0), (1, 0)], visible=seen[None, None])
-    torch.testing.assert_close(found[0, 0, 0], attention[0, 0, 0])
-    torch.testing.assert_close(found[0, 0, 1], torch.tensor([0.4, 0.0, 0.2, 0.4]))
-    torch.testing.assert_close(found[0, 0, 2], torch.tensor([0.7, 0.1, 0.1, 0.1]))
-    found = quag_attention(attention, rows, columns, [(-1, 0), (0, 0)])
-    torch.testing.assert_close(found[0, 0, 0], torch.tensor([0.1, 0.4, 0.4, 0.1]))
-    torch.testing.assert_close(found[0, 0, 1], torch.tensor([0.4, 0.1, 0.1, 0.4]))
+    result = quag_attention(attention, rows, columns, [(0, 0), (1, 0)], visible=seen[None, None])
+    torch.testing.assert_close(result[0, 0, 0], attention[0, 0, 0])
+    torch.testing.assert_close(result[0, 0, 1], torch.tensor([0.4, 0.0, 0.2, 0.4]))
+    torch.testing.assert_close(result[0, 0, 2], torch.tensor([0.7, 0.1, 0.1, 0.1]))
+    result = quag_attention(attention, rows, columns, [(-1, 0), (0, 0)])
+    torch.testing.assert_close(result[0, 0, 0], torch.tensor([0.1, 0.4, 0.4, 0.1]))
+    torch.testing.assert_close(result[0, 0, 1], torch.tensor([0.4, 0.1, 0.1, 0.4]))
 
 
 @settings(max_examples=25, deadline=None)
@@ -150,10 +150,10 @@ def test_output_without_explicit_matrix(mask, is_causal, monkeypatch):
     monkeypatch.setattr(importlib.import_module("equipoise.diagnostics.quag_operators"), "CHUNK", 2)
     call = AttentionCall(*random_tensors(), mask=MASKS[mask](ROWS, KEYS), is_causal=is_causal, scale=0.7)
     rows, columns = random_labels(3, BATCH, ROWS), random_labels(3, BATCH, KEYS, seed=1)
-    for name, wanted in every_operator(3):
-        found = quag_output(call, columns, rows, 3, operators(NAMES, cls_rows="all")[name])
-        expected = expected_output(call, columns, rows, slow.pairs_of(wanted, 3, "all"))
-        torch.testing.assert_close(found, expected, **EXACT)
+    for name, reference in every_operator(3):
+        result = quag_output(call, columns, rows, 3, operators(NAMES, cls_rows="all")[name])
+        expected = expected_output(call, columns, rows, slow.pairs_of(reference, 3, "all"))
+        torch.testing.assert_close(result, expected, **EXACT)
 
 
 @pytest.mark.parametrize("cls_rows", ["keys", "skip", "all"])
@@ -162,10 +162,10 @@ def test_output_without_explicit_matrix(mask, is_causal, monkeypatch):
 def test_output_for_any_number_of_modalities(count, cls_rows, is_causal):
     call = AttentionCall(*random_tensors(seed=count), is_causal=is_causal)
     rows, columns = random_labels(count, 1, ROWS)[0], random_labels(count, 1, KEYS, seed=1)[0]
-    for name, wanted in every_operator(count):
-        found = quag_output(call, columns, rows, count, operators(NAMES[:count], cls_rows=cls_rows)[name])
-        expected = expected_output(call, columns, rows, slow.pairs_of(wanted, count, cls_rows))
-        torch.testing.assert_close(found, expected, **EXACT)
+    for name, reference in every_operator(count):
+        result = quag_output(call, columns, rows, count, operators(NAMES[:count], cls_rows=cls_rows)[name])
+        expected = expected_output(call, columns, rows, slow.pairs_of(reference, count, cls_rows))
+        torch.testing.assert_close(result, expected, **EXACT)
 
 
 @pytest.mark.parametrize("options", [{"sinks": normal(HEADS, seed=9)}, {"softcap": 0.6}], ids=["sinks", "softcap"])
@@ -173,10 +173,10 @@ def test_output_for_any_number_of_modalities(count, cls_rows, is_causal):
 def test_biased_and_scaled_scores(options, is_causal):
     call = AttentionCall(*random_tensors(), mask=random_mask(BATCH, 1, 1, KEYS), is_causal=is_causal, **options)
     rows, columns = random_labels(2, BATCH, ROWS), random_labels(2, BATCH, KEYS, seed=1)
-    for name, wanted in every_operator(2):
-        found = quag_output(call, columns, rows, 2, operators(NAMES[:2])[name])
-        expected = expected_output(call, columns, rows, slow.pairs_of(wanted, 2, "keys"))
-        torch.testing.assert_close(found, expected, **EXACT)
+    for name, reference in every_operator(2):
+        result = quag_output(call, columns, rows, 2, operators(NAMES[:2])[name])
+        expected = expected_output(call, columns, rows, slow.pairs_of(reference, 2, "keys"))
+        torch.testing.assert_close(result, expected, **EXACT)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -185,18 +185,18 @@ def test_enough_queries_for_kernels(mask, dtype):
     rows, keys = 37, 41
     call = AttentionCall(*random_tensors(rows, keys, dtype=dtype), mask=MASKS[mask](rows, keys), is_causal=True)
     who, columns = torch.arange(rows) // 13, torch.arange(keys) // 15
-    for name, wanted in every_operator(3):
-        found = quag_output(call, columns, who, 3, operators(NAMES)[name])
-        assert found.dtype == dtype
-        expected = expected_output(call, columns, who, slow.pairs_of(wanted, 3, "keys"))
-        torch.testing.assert_close(found.double(), expected, **TOL[dtype])
+    for name, reference in every_operator(3):
+        result = quag_output(call, columns, who, 3, operators(NAMES)[name])
+        assert result.dtype == dtype
+        expected = expected_output(call, columns, who, slow.pairs_of(reference, 3, "keys"))
+        torch.testing.assert_close(result.double(), expected, **TOL[dtype])
 
 
 def test_more_queries_than_keys():
     call = AttentionCall(*random_tensors(KEYS, ROWS), is_causal=True)
     rows, columns = random_labels(2, BATCH, KEYS), random_labels(2, BATCH, ROWS, seed=1)
-    found = quag_output(call, columns, rows, 2, operators(NAMES[:2])["all"])
-    torch.testing.assert_close(found, expected_output(call, columns, rows, slow.pairs_of("all", 2, "keys")), **EXACT)
+    result = quag_output(call, columns, rows, 2, operators(NAMES[:2])["all"])
+    torch.testing.assert_close(result, expected_output(call, columns, rows, slow.pairs_of("all", 2, "keys")), **EXACT)
 
 
 class LargestTensor(TorchDispatchMode):
@@ -207,11 +207,11 @@ class LargestTensor(TorchDispatchMode):
         self.numbers = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        found = function(*args, **(kwargs or {}))
-        for part in found if isinstance(found, (tuple, list)) else (found,):
+        result = function(*args, **(kwargs or {}))
+        for part in result if isinstance(result, (tuple, list)) else (result,):
             if isinstance(part, torch.Tensor) and part.numel() > self.numbers:
                 self.numbers = part.untyped_storage().nbytes() // part.element_size()
-        return found
+        return result
 
 
 @pytest.mark.parametrize("mask", ["none", "padding"])
@@ -236,8 +236,8 @@ def test_autocast_computes_means_in_float32():
     rows, columns = random_labels(2, BATCH, ROWS), random_labels(2, BATCH, KEYS, seed=1).clamp(min=0)
     plain = quag_output(call, columns, rows, 2, operators(NAMES[:2], cls_rows="all")["all"])
     with torch.autocast("cpu", torch.bfloat16):
-        found = quag_output(call, columns, rows, 2, operators(NAMES[:2], cls_rows="all")["all"])
-    torch.testing.assert_close(found, plain, **TOL[torch.float32])
+        result = quag_output(call, columns, rows, 2, operators(NAMES[:2], cls_rows="all")["all"])
+    torch.testing.assert_close(result, plain, **TOL[torch.float32])
 
 
 def test_gradients_flow():

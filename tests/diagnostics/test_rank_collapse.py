@@ -46,16 +46,16 @@ def test_against_loops(norm, size, count):
     mask = torch.rand(BATCH, TOKENS, generator=torch.Generator().manual_seed(1)) < 0.8
     # What is masked must not be looked at.
     broken = [layer.masked_fill(~mask[..., None], math.nan) for layer in layers]
-    found = rank_collapse(broken, mask=mask, modality=labels, num_modalities=count, norm=norm)
-    whole, parts = torch.empty(2, BATCH).double(), torch.empty(2, BATCH, count).double()
-    for place, layer in enumerate(layers):
+    result = rank_collapse(broken, mask=mask, modality=labels, num_modalities=count, norm=norm)
+    full, parts = torch.empty(2, BATCH).double(), torch.empty(2, BATCH, count).double()
+    for index, layer in enumerate(layers):
         for b in range(BATCH):
             rows = [(row.tolist(), int(m)) for row, m, v in zip(layer[b], labels[b], mask[b], strict=True) if v]
-            whole[place, b] = slow_residual([row for row, _ in rows], size)
+            full[index, b] = slow_residual([row for row, _ in rows], size)
             for m in range(count):
-                parts[place, b, m] = slow_residual([row for row, label in rows if label == m], size)
-    torch.testing.assert_close(found.whole, whole, **EXACT)
-    torch.testing.assert_close(found.per_modality, parts, equal_nan=True, **EXACT)
+                parts[index, b, m] = slow_residual([row for row, label in rows if label == m], size)
+    torch.testing.assert_close(result.whole, full, **EXACT)
+    torch.testing.assert_close(result.per_modality, parts, equal_nan=True, **EXACT)
     assert bool(parts[:, 1, -1].isnan().all())
     assert rank_collapse(layers, norm=norm).per_modality is None
 
@@ -64,8 +64,8 @@ def test_hand_computed_values():
     hidden = torch.tensor([[[1.0, 0.0], [-1.0, 0.0], [0.0, 2.0], [0.0, -2.0]]])
     assert rank_collapse(hidden).whole.tolist() == [[1.0]]
     # One modality is where its tokens cancel, the other is one token alone.
-    found = rank_collapse(hidden, modality=torch.tensor([0, 0, 1, -1]))
-    assert found.per_modality.tolist() == [[[1.0, 0.0]]]
+    result = rank_collapse(hidden, modality=torch.tensor([0, 0, 1, -1]))
+    assert result.per_modality.tolist() == [[[1.0, 0.0]]]
     # res = (1, -1), X = (3, 1): sqrt(2 / 10), and sqrt((2 * 1) / (4 * 3)).
     pair = torch.tensor([[[3.0], [1.0]]])
     assert float(rank_collapse(pair).whole) == pytest.approx(math.sqrt(0.2))
@@ -88,12 +88,12 @@ def test_properties(seed, norm):
     torch.testing.assert_close(residual(tokens + common), rest, **EXACT)
     torch.testing.assert_close(residual(rest), rest, **EXACT)
     torch.testing.assert_close(rest.sum(dim=1), torch.zeros(BATCH, 5).double(), **EXACT)
-    whole = rank_collapse(tokens, norm=norm).whole
-    torch.testing.assert_close(rank_collapse(-3.0 * tokens, norm=norm).whole, whole, **EXACT)
+    full = rank_collapse(tokens, norm=norm).whole
+    torch.testing.assert_close(rank_collapse(-3.0 * tokens, norm=norm).whole, full, **EXACT)
     order = torch.randperm(TOKENS, generator=torch.Generator().manual_seed(seed))
-    torch.testing.assert_close(rank_collapse(tokens[:, order], norm=norm).whole, whole, **EXACT)
+    torch.testing.assert_close(rank_collapse(tokens[:, order], norm=norm).whole, full, **EXACT)
     if norm == "frobenius":
-        assert float(whole.max()) <= 1.0
+        assert float(full.max()) <= 1.0
 
 
 def test_padding_has_no_effect():
@@ -101,9 +101,9 @@ def test_padding_has_no_effect():
     padded = torch.cat([normal(1, BATCH, 2, 5), tokens], dim=1)
     mask = torch.arange(TOKENS + 2).expand(BATCH, -1) >= 2
     padded_labels = torch.cat([torch.tensor([-1, -1]), labels])
-    alone, found = rank_collapse(tokens, modality=labels), rank_collapse(padded, mask=mask, modality=padded_labels)
-    torch.testing.assert_close(found.whole, alone.whole, **EXACT)
-    torch.testing.assert_close(found.per_modality, alone.per_modality, **EXACT)
+    alone, result = rank_collapse(tokens, modality=labels), rank_collapse(padded, mask=mask, modality=padded_labels)
+    torch.testing.assert_close(result.whole, alone.whole, **EXACT)
+    torch.testing.assert_close(result.per_modality, alone.per_modality, **EXACT)
 
 
 def test_uniform_attention_collapses_and_skip_connection_does_not():
@@ -120,9 +120,9 @@ def test_zero_empty_and_nan_tokens():
     hidden = torch.zeros(3, 2, 5)
     hidden[2, 0, 0] = math.nan
     mask = torch.tensor([[True, True], [False, False], [True, True]])
-    found = rank_collapse(hidden, mask=mask, modality=torch.tensor([0, 0]), num_modalities=2)
-    assert found.whole[0].tolist() == pytest.approx([0.0, math.nan, math.nan], nan_ok=True)
-    assert found.per_modality[0, 0].tolist() == pytest.approx([0.0, math.nan], nan_ok=True)
+    result = rank_collapse(hidden, mask=mask, modality=torch.tensor([0, 0]), num_modalities=2)
+    assert result.whole[0].tolist() == pytest.approx([0.0, math.nan, math.nan], nan_ok=True)
+    assert result.per_modality[0, 0].tolist() == pytest.approx([0.0, math.nan], nan_ok=True)
     assert rank_collapse(hidden, modality=torch.tensor([-1, -1])).per_modality.shape == (1, 3, 0)
 
 

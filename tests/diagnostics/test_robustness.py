@@ -16,27 +16,29 @@ from helpers.diagnosis import labeled_batches, weighted_model
 def test_corruption_of_the_only_used_modality():
     model = weighted_model(audio=1.0, image=0.0)
     loader = labeled_batches(model)
-    found = robustness(model, loader, corruptions=["white_noise", "missing", "gain"], severities=[1, 5])
-    assert found.clean == 1.0
-    assert found.scores["audio", "white_noise", 5] < 0.6 < 0.8 < found.scores["audio", "white_noise", 1]
+    result = robustness(model, loader, corruptions=["white_noise", "missing", "gain"], severities=[1, 5])
+    assert result.clean == 1.0
+    assert result.scores["audio", "white_noise", 5] < 0.6 < 0.8 < result.scores["audio", "white_noise", 1]
     # The logits are linear: a gain changes no prediction.
-    assert found.scores["audio", "gain", 5] == 1.0
-    assert all(score == 1.0 for (name, _, _), score in found.scores.items() if name == "image")
-    assert found.alone == {"audio": 1.0, "image": pytest.approx(1 / 3, abs=0.1)}
-    assert found.best_intact("image") == 1.0
-    assert found.mean("image") == 1.0
-    expected = [score for (name, kind, _), score in found.scores.items() if (name, kind) == ("audio", "missing")]
-    assert found.mean("audio", "missing") == pytest.approx(sum(expected) / 2)
-    assert found.share_near_intact == 1.0
+    assert result.scores["audio", "gain", 5] == 1.0
+    assert all(score == 1.0 for (name, _, _), score in result.scores.items() if name == "image")
+    assert result.alone == {"audio": 1.0, "image": pytest.approx(1 / 3, abs=0.1)}
+    assert result.best_intact("image") == 1.0
+    assert result.mean("image") == 1.0
+    expected = [score for (name, kind, _), score in result.scores.items() if (name, kind) == ("audio", "missing")]
+    assert result.mean("audio", "missing") == pytest.approx(sum(expected) / 2)
+    assert result.share_near_intact == 1.0
 
 
 def test_scores_match_corrupted_batches():
     model = weighted_model(audio=1.0, image=0.7)
     loader = labeled_batches(model, sizes=(53, 31))
     statistics = {"audio": (0.5, 2.0)}
-    found = robustness(model, lambda: iter(loader), modalities=["audio"], severities=[3], seed=7, statistics=statistics)
-    assert {kind for _, kind, _ in found.scores} == set(corruptions.corruption_names("sequence"))
-    for (name, kind, severity), score in found.scores.items():
+    result = robustness(
+        model, lambda: iter(loader), modalities=["audio"], severities=[3], seed=7, statistics=statistics
+    )
+    assert {kind for _, kind, _ in result.scores} == set(corruptions.corruption_names("sequence"))
+    for (name, kind, severity), score in result.scores.items():
         right = []
         for number, batch in enumerate(loader):
             seed = 7 * 1_000_003 + number
@@ -46,63 +48,63 @@ def test_scores_match_corrupted_batches():
             with torch.no_grad():
                 right.append(model(damaged).logits.argmax(dim=1) == batch["target"])
         assert score == pytest.approx(float(torch.cat(right).float().mean()))
-    rows = found.rows()
-    assert all(row["drop"] == pytest.approx(found.clean - row["score"]) for row in rows)
-    assert all(row["distance"] == pytest.approx(row["score"] - found.alone["image"]) for row in rows)
+    rows = result.rows()
+    assert all(row["drop"] == pytest.approx(result.clean - row["score"]) for row in rows)
+    assert all(row["distance"] == pytest.approx(row["score"] - result.alone["image"]) for row in rows)
 
 
 def test_model_below_its_intact_modality():
     model = weighted_model(audio=100.0, image=1.0)
     loader = labeled_batches(weighted_model(audio=0.0, image=1.0))
-    found = robustness(model, loader, corruptions=["swapped"], modalities=["audio"], severities=[5])
-    assert found.rows()[0]["distance"] < -0.3
-    assert found.share_near_intact == 0.0
+    result = robustness(model, loader, corruptions=["swapped"], modalities=["audio"], severities=[5])
+    assert result.rows()[0]["distance"] < -0.3
+    assert result.share_near_intact == 0.0
 
 
 def test_other_inputs_and_models():
     single = weighted_model(audio=1.0)
-    found = robustness(single, labeled_batches(single), corruptions=["zeros"], severities=[5])
-    assert math.isnan(found.best_intact("audio"))
-    assert math.isnan(found.share_near_intact)
-    assert "nan" not in found.table()
+    result = robustness(single, labeled_batches(single), corruptions=["zeros"], severities=[5])
+    assert math.isnan(result.best_intact("audio"))
+    assert math.isnan(result.share_near_intact)
+    assert "nan" not in result.table()
     model = fusion.joint_model().eval()
     loader = [fusion.batch(size=11, missing=("image",)), fusion.batch(size=1, seed=2)]
-    found = robustness(model, loader, severities=[5], kinds={"audio": "spectrogram"})
-    assert {kind for name, kind, _ in found.scores if name == "audio"} == set(
+    result = robustness(model, loader, severities=[5], kinds={"audio": "spectrogram"})
+    assert {kind for name, kind, _ in result.scores if name == "audio"} == set(
         corruptions.corruption_names("spectrogram")
     )
-    assert all(math.isfinite(score) for score in found.scores.values())
+    assert all(math.isfinite(score) for score in result.scores.values())
 
 
 def test_table_frame_and_figure(tmp_path):
     model = weighted_model(audio=1.0, image=0.7)
-    found = robustness(model, labeled_batches(model), corruptions=["zeros", "frozen"], severities=[1, 5])
-    lines = found.table().splitlines()
+    result = robustness(model, labeled_batches(model), corruptions=["zeros", "frozen"], severities=[1, 5])
+    lines = result.table().splitlines()
     assert lines[0].split() == ["modality", "corruption", "1", "5", "mean", "best", "intact"]
     assert len(lines) == 1 + 4 + 2
-    frame = found.to_pandas()
+    frame = result.to_pandas()
     assert len(frame) == 8
-    assert frame["score"].mean() == pytest.approx(found.mean())
-    text = found.save_figure(tmp_path / "figure.svg").read_text(encoding="utf-8")
+    assert frame["score"].mean() == pytest.approx(result.mean())
+    text = result.save_figure(tmp_path / "figure.svg").read_text(encoding="utf-8")
     assert text.startswith("<svg")
     assert 'xmlns="http://www.w3.org/2000/svg"' in text
     assert "damaged: audio" in text
-    assert found.save_figure(tmp_path / "again.svg").read_text(encoding="utf-8") == text
+    assert result.save_figure(tmp_path / "again.svg").read_text(encoding="utf-8") == text
 
 
 def test_optional_test_of_a_diagnosis(tmp_path):
     model = weighted_model(audio=1.0, image=0.7)
     loader = labeled_batches(model, sizes=(23,))
     assert "robustness" not in diagnose(model, loader, tests=["score"]).details
-    found = diagnose(model, loader, tests=["robustness"])
+    result = diagnose(model, loader, tests=["robustness"])
     direct = robustness(model, loader, severities=(1, 3, 5))
-    assert found.metrics["robustness/audio"] == pytest.approx(direct.mean("audio"))
-    page = found.report(tmp_path / "report.html").read_text(encoding="utf-8")
+    assert result.metrics["robustness/audio"] == pytest.approx(direct.mean("audio"))
+    page = result.report(tmp_path / "report.html").read_text(encoding="utf-8")
     assert 'id="test-robustness"' in page
     assert "Mean score over damages of audio" in page
-    found.save(tmp_path)
+    result.save(tmp_path)
     loaded = eq.Diagnosis.load(tmp_path)
-    assert loaded.metrics["robustness/image"] == found.metrics["robustness/image"]
+    assert loaded.metrics["robustness/image"] == result.metrics["robustness/image"]
     assert 'id="test-robustness"' in loaded.report(tmp_path / "again.html").read_text(encoding="utf-8")
 
 

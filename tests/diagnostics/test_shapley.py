@@ -26,8 +26,8 @@ def slow_shapley(names, worth):
     """Who comes adds; the mean over all orders."""
     added = {name: [] for name in names}
     for order in itertools.permutations(names):
-        for place, name in enumerate(order):
-            before = frozenset(order[:place])
+        for index, name in enumerate(order):
+            before = frozenset(order[:index])
             added[name].append(worth[before | {name}] - worth[before])
     return {name: sum(values) / len(values) for name, values in added.items()}
 
@@ -46,10 +46,10 @@ def all_subsets(names):
 def test_against_all_orders(count, data):
     names = NAMES[:count]
     worth = {some: data.draw(st.floats(-1, 1)) for some in all_subsets(names)}
-    found = shapley_by_name(names, worth)
-    assert found == pytest.approx(slow_shapley(names, worth), rel=EXACT["rtol"], abs=EXACT["atol"])
-    whole = worth[frozenset(names)] - worth[frozenset()]
-    assert sum(found.values()) == pytest.approx(whole, rel=EXACT["rtol"], abs=EXACT["atol"])
+    result = shapley_by_name(names, worth)
+    assert result == pytest.approx(slow_shapley(names, worth), rel=EXACT["rtol"], abs=EXACT["atol"])
+    full = worth[frozenset(names)] - worth[frozenset()]
+    assert sum(result.values()) == pytest.approx(full, rel=EXACT["rtol"], abs=EXACT["atol"])
 
 
 def test_hand_computed_values():
@@ -62,7 +62,7 @@ def test_hand_computed_values():
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("names", [NAMES[:1], NAMES[:2], NAMES[:3]], ids=len)
 def test_on_a_model(task, names):
-    made = attention_model(names, task=task, unimodal="none").eval()
+    model = attention_model(names, task=task, unimodal="none").eval()
     batches = [batch_for(task, names, seed=seed, missing=names[:-1]) for seed in range(2)]
     target = torch.cat([inputs["target"] for inputs in batches])
     worth = {}
@@ -70,28 +70,28 @@ def test_on_a_model(task, names):
         if some:
             gone = dict.fromkeys(set(names) - some)
             with torch.no_grad():
-                logits = torch.cat([made({**inputs, **gone}).logits for inputs in batches])
+                logits = torch.cat([model({**inputs, **gone}).logits for inputs in batches])
         else:
             logits = constant_answer(target, task).expand(len(target), -1)
         worth[some] = slow_score(logits.tolist(), target.tolist(), task)
-    found = modality_shapley(made, batches)
-    assert found == pytest.approx(slow_shapley(names, worth), rel=10 * SINGLE["rtol"], abs=SINGLE["atol"])
-    assert list(found) == list(names)
-    whole = worth[frozenset(names)] - worth[frozenset()]
-    assert math.fsum(found.values()) == pytest.approx(whole, abs=SINGLE["atol"])
+    result = modality_shapley(model, batches)
+    assert result == pytest.approx(slow_shapley(names, worth), rel=10 * SINGLE["rtol"], abs=SINGLE["atol"])
+    assert list(result) == list(names)
+    full = worth[frozenset(names)] - worth[frozenset()]
+    assert math.fsum(result.values()) == pytest.approx(full, abs=SINGLE["atol"])
 
 
 def test_unused_modality_has_shapley_value_zero():
-    made = attention_model(fusion=eq.fusion.Unimodal(DIM, modality="image"), task="regression", unimodal="none")
+    model = attention_model(fusion=eq.fusion.Unimodal(DIM, modality="image"), task="regression", unimodal="none")
     batches = [batch_for("regression", seed=seed) for seed in range(2)]
-    found = modality_shapley(made, batches)
-    assert found["image"] != 0
+    result = modality_shapley(model, batches)
+    assert result["image"] != 0
     # Alone it leaves the model with its bias, which is worth something else than the median target.
-    bias = made.head.bias.expand(10, -1).tolist()
+    bias = model.head.bias.expand(10, -1).tolist()
     target = torch.cat([inputs["target"] for inputs in batches])
     median = target.median(dim=0).values.expand(10, -1).tolist()
     gap = slow_score(bias, target.tolist(), "regression") - slow_score(median, target.tolist(), "regression")
-    assert found["audio"] == pytest.approx(gap / 2, rel=10 * SINGLE["rtol"])
+    assert result["audio"] == pytest.approx(gap / 2, rel=10 * SINGLE["rtol"])
 
 
 def test_errors():

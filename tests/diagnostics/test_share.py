@@ -21,9 +21,9 @@ SAMPLES, HEADS = 7, 2
 
 def random_shares(seed, count, heads=HEADS, samples=SAMPLES):
     random = torch.Generator().manual_seed(seed)
-    made = torch.randn(samples, heads, count + 1, generator=random, dtype=torch.float64).softmax(dim=-1)[..., :count]
-    made[::3, :, -1] = math.nan
-    return made
+    result = torch.randn(samples, heads, count + 1, generator=random, dtype=torch.float64).softmax(dim=-1)[..., :count]
+    result[::3, :, -1] = math.nan
+    return result
 
 
 def expected_rows(layer, share, names):
@@ -42,9 +42,9 @@ def expected_rows(layer, share, names):
             }
 
 
-def assert_rows_equal(found, expected):
-    assert len(found) == len(expected)
-    for one, other in zip(found, expected, strict=True):
+def assert_rows_equal(result, expected):
+    assert len(result) == len(expected)
+    for one, other in zip(result, expected, strict=True):
         assert list(one) == list(other)
         assert one == {key: pytest.approx(value) if isinstance(value, float) else value for key, value in other.items()}
 
@@ -56,9 +56,9 @@ def test_rows_against_loops(count):
     assert_rows_equal(share_statistics(torch.stack(layers), names), expected)
     assert_rows_equal(share_statistics(layers[0], names), expected[: HEADS * count])
     sites = {"blocks.0": layers[0], "fusion.attention": random_shares(5, count, heads=3)}
-    found = share_statistics(sites, names)
-    assert_rows_equal(found, [row for site, share in sites.items() for row in expected_rows(site, share, names)])
-    json.dumps(found, allow_nan=False)
+    result = share_statistics(sites, names)
+    assert_rows_equal(result, [row for site, share in sites.items() for row in expected_rows(site, share, names)])
+    json.dumps(result, allow_nan=False)
 
 
 def test_modality_without_samples():

@@ -58,8 +58,8 @@ def test_attention_against_loops(kind):
                 plain[b, h, i] = entropy(weights) if weights else math.nan
                 normalized[b, h, i] = entropy(weights) / math.log(len(weights)) if len(weights) > 1 else math.nan
     torch.testing.assert_close(attention_entropy(attention, mask=mask), plain, equal_nan=True, **EXACT)
-    found = attention_entropy(attention, mask=mask, normalized=True)
-    torch.testing.assert_close(found, normalized, equal_nan=True, **EXACT)
+    result = attention_entropy(attention, mask=mask, normalized=True)
+    torch.testing.assert_close(result, normalized, equal_nan=True, **EXACT)
     if kind == "causal":
         assert bool((plain[..., 0] == 0).all() & normalized[..., 0].isnan().all())
 
@@ -95,20 +95,20 @@ def test_entropy_bounds(seed, count):
 def test_spread_against_loops(count):
     share = random_shares(1, count)
     share[::3, :, -1] = math.nan
-    found = share_spread(share)
+    result = share_spread(share)
     for m in range(count):
         there = [sample for sample in share[..., m].tolist() if not math.isnan(sample[0])]
-        assert found.samples[m] == len(there)
-        assert float(found.spread[m]) == pytest.approx(deviation([mean(sample) for sample in there]))
+        assert result.samples[m] == len(there)
+        assert float(result.spread[m]) == pytest.approx(deviation([mean(sample) for sample in there]))
         for head in range(HEADS):
-            assert float(found.per_head[head, m]) == pytest.approx(deviation([sample[head] for sample in there]))
+            assert float(result.per_head[head, m]) == pytest.approx(deviation([sample[head] for sample in there]))
 
 
 def test_spread_by_hand():
     against = torch.tensor([[[0.2], [0.8]], [[0.8], [0.2]]])
-    found = share_spread(against)
-    assert float(found.spread[0]) == 0.0
-    assert found.per_head.tolist() == [[pytest.approx(0.3)], [pytest.approx(0.3)]]
+    result = share_spread(against)
+    assert float(result.spread[0]) == 0.0
+    assert result.per_head.tolist() == [[pytest.approx(0.3)], [pytest.approx(0.3)]]
     assert share_spread(against[:1]).per_head.tolist() == [[0.0], [0.0]]
     absent = share_spread(torch.tensor([[[0.5, math.nan]], [[0.25, math.nan]]]))
     assert absent.samples.tolist() == [2, 0]
@@ -123,7 +123,7 @@ def test_quality_against_scipy(count):
     )
     share[4, :, 0] = math.nan
     quality[7, 0] = math.nan
-    found = share_quality_correlation(share, quality)
+    result = share_quality_correlation(share, quality)
     for m in range(count):
         pairs = [
             (mean(sample), better)
@@ -131,16 +131,16 @@ def test_quality_against_scipy(count):
             if not math.isnan(mean(sample) + better)
         ]
         expected = stats.pearsonr(*zip(*pairs, strict=True))
-        assert found.samples[m] == len(pairs) == (11 if m == 0 else 13)
-        assert float(found.r[m]) == pytest.approx(expected.statistic)
-        assert float(found.p[m]) == pytest.approx(expected.pvalue)
+        assert result.samples[m] == len(pairs) == (11 if m == 0 else 13)
+        assert float(result.r[m]) == pytest.approx(expected.statistic)
+        assert float(result.p[m]) == pytest.approx(expected.pvalue)
 
 
 def test_constant_quality_is_undefined():
     share = random_shares(0, 2)
     for quality in (torch.ones(SAMPLES, 2), torch.full((SAMPLES, 2), math.nan)):
-        found = share_quality_correlation(share, quality)
-        assert bool(found.r.isnan().all() & found.p.isnan().all())
+        result = share_quality_correlation(share, quality)
+        assert bool(result.r.isnan().all() & result.p.isnan().all())
     assert bool(share_quality_correlation(share[:2], torch.arange(4.0).view(2, 2)).r.isnan().all())
     rising = torch.arange(1, SAMPLES + 1)[:, None].expand(-1, 2)
     share = torch.stack([rising[:, :1], -rising[:, :1]], dim=-1) / 100

@@ -117,8 +117,8 @@ def test_half_precision(kind):
     beta = torch.tensor([3.14159, -2.71828]).expand(1, 4, 1, 2)
     share = measure_share(add_offsets(call, KeyOffsets(label_groups(), beta)), LABELS, 2).share
     expected = expected_attention(call, options, expected_offsets(LABELS, beta.expand(2, 4, 40, 2)))
-    wanted = torch.stack([(expected * (m == LABELS)[:, None, None]).sum(-1) for m in range(2)], -1)
-    torch.testing.assert_close(share.double(), wanted, atol=0.01, rtol=0.02)
+    reference = torch.stack([(expected * (m == LABELS)[:, None, None]).sum(-1) for m in range(2)], -1)
+    torch.testing.assert_close(share.double(), reference, atol=0.01, rtol=0.02)
 
 
 @pytest.mark.parametrize("goal", [[0.5], [0.2, 0.3], [0.25, 0.75]], ids=str)
@@ -131,10 +131,12 @@ def test_target_shares_are_reached(kind, goal):
     plain = expected_attention(call, options)
     seen = torch.stack([(plain * group[:, None, None]).sum(-1) for group in label_groups().unbind(1)], -1) > 0
     rest = 1 - sum((plain * group[:, None, None]).sum(-1) for group in chosen.unbind(1))
-    for index, wanted in enumerate(goal):
+    for index, reference in enumerate(goal):
         full = seen[..., : len(goal)].all(-1) & (rest > 1e-6 if sum(goal) < 1 else rest < 2)
         assert full.any()
-        torch.testing.assert_close(share[..., index][full], torch.full_like(share[..., index][full], wanted), **CLOSE)
+        torch.testing.assert_close(
+            share[..., index][full], torch.full_like(share[..., index][full], reference), **CLOSE
+        )
     # Among the keys of one modality, proportions stay.
     inside = (plain * chosen[:, :1, None]).double()
     value = inside / inside.sum(-1, keepdim=True).clamp(min=1e-300)
@@ -223,18 +225,18 @@ FAMILIES = {
 
 
 def build_softcapped():
-    made, inputs = family("gemma3")
-    for part in made.modules():
+    model, inputs = family("gemma3")
+    for part in model.modules():
         if hasattr(part, "attn_logit_softcapping"):
             part.attn_logit_softcapping = 0.5
-    made.config.text_config.attn_logit_softcapping = 0.5
-    made.set_attn_implementation("eager")
-    return made, inputs
+    model.config.text_config.attn_logit_softcapping = 0.5
+    model.set_attn_implementation("eager")
+    return model, inputs
 
 
 def build_vlm(name):
-    made, inputs = build_softcapped() if name == "gemma3, softcap" else family(name)
-    return made.eval(), inputs
+    result, inputs = build_softcapped() if name == "gemma3, softcap" else family(name)
+    return result.eval(), inputs
 
 
 def reference_model(name, monkeypatch, inputs, **how):
@@ -262,14 +264,14 @@ def modality(name):
 @pytest.mark.parametrize("beta", [1.5, -4.0, 30.0])
 @pytest.mark.parametrize("name", [*FAMILIES, "gemma3, softcap"])
 def test_language_model(name, beta, monkeypatch):
-    made, inputs = build_vlm(name)
+    model, inputs = build_vlm(name)
     with torch.no_grad():
-        plain = made(**inputs).logits
-        with eq.steer(made, **{modality(name): beta}) as found:
-            logits = made(**inputs).logits
-        assert len(found.changed) == 2
-        assert found.missing == {}
-        assert torch.equal(made(**inputs).logits, plain)
+        plain = model(**inputs).logits
+        with eq.steer(model, **{modality(name): beta}) as result:
+            logits = model(**inputs).logits
+        assert len(result.changed) == 2
+        assert result.missing == {}
+        assert torch.equal(model(**inputs).logits, plain)
         valid = inputs["attention_mask"].bool()
         expected = reference_model(name, monkeypatch, inputs, beta=beta)(**inputs).logits
     torch.testing.assert_close(logits[valid], expected[valid], **CLOSE)
@@ -279,8 +281,8 @@ def test_language_model(name, beta, monkeypatch):
 @pytest.mark.parametrize("backend", ["eager", "sdpa"])
 @pytest.mark.parametrize("how", ["heads", "heads by layer", "layers", "last query", "text queries", "mask"])
 def test_selected_layers_heads_and_queries(how, backend, monkeypatch):
-    made, inputs = build_vlm("llava")
-    made.set_attn_implementation(backend)
+    model, inputs = build_vlm("llava")
+    model.set_attn_implementation(backend)
     ids = inputs["input_ids"]
     valid = inputs["attention_mask"].bool()
     first = torch.zeros_like(ids, dtype=torch.bool)
@@ -296,11 +298,11 @@ def test_selected_layers_heads_and_queries(how, backend, monkeypatch):
         "mask": ({"queries": first}, {"queries": first}),
     }[how]
     with torch.no_grad():
-        with eq.steer(made, **ours, image=2.0) as found:
-            logits = made(**inputs).logits
+        with eq.steer(model, **ours, image=2.0) as result:
+            logits = model(**inputs).logits
         expected = reference_model("llava", monkeypatch, inputs, beta=2.0, **oracle)(**inputs).logits
     torch.testing.assert_close(logits[valid], expected[valid], **CLOSE)
-    assert len(found.changed) == (1 if "layer" in how else 2)
+    assert len(result.changed) == (1 if "layer" in how else 2)
 
 
 @pytest.mark.parametrize(
@@ -308,21 +310,21 @@ def test_selected_layers_heads_and_queries(how, backend, monkeypatch):
     [("llava", None), ("llava", "static"), ("qwen2_vl", None), ("gemma3", None), ("gemma3", "static")],
 )
 def test_generation_with_a_cache(name, cache):
-    made, inputs = build_vlm(name)
+    model, inputs = build_vlm(name)
     how = {
         "max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "output_logits": True,
         "return_dict_in_generate": True, "pad_token_id": 0,
     }  # fmt: skip
-    with eq.steer(made, image=2.0):
-        ours = made.generate(**inputs, **how, **({"cache_implementation": cache} if cache else {}))
+    with eq.steer(model, image=2.0):
+        ours = model.generate(**inputs, **how, **({"cache_implementation": cache} if cache else {}))
     # Each step equals a forward pass over the whole sequence.
     sequence = ours.sequences
-    whole = {**inputs, "input_ids": sequence, "attention_mask": F.pad(inputs["attention_mask"], (0, 6), value=1)}
+    full = {**inputs, "input_ids": sequence, "attention_mask": F.pad(inputs["attention_mask"], (0, 6), value=1)}
     for types in ("token_type_ids", "mm_token_type_ids"):
-        if types in whole:
-            whole[types] = F.pad(inputs[types], (0, 6), value=0)
-    with torch.no_grad(), eq.steer(made, image=2.0):
-        logits = made(**whole).logits
+        if types in full:
+            full[types] = F.pad(inputs[types], (0, 6), value=0)
+    with torch.no_grad(), eq.steer(model, image=2.0):
+        logits = model(**full).logits
     start = inputs["input_ids"].shape[1] - 1
     for step, scores in enumerate(ours.logits):
         torch.testing.assert_close(scores, logits[:, start + step], rtol=1e-4, atol=1e-5)
@@ -330,27 +332,27 @@ def test_generation_with_a_cache(name, cache):
 
 @pytest.mark.parametrize("name", ["llava", "whisper"])
 def test_zero_offset_is_bitwise_identical(name):
-    made, inputs = build_vlm(name)
+    model, inputs = build_vlm(name)
     with torch.no_grad():
-        plain = made(**inputs).logits
-        with eq.steer(made, **{"audio" if name == "whisper" else "image": 0.0}) as found:
-            assert torch.equal(made(**inputs).logits, plain)
-    assert found.changed == ()
+        plain = model(**inputs).logits
+        with eq.steer(model, **{"audio" if name == "whisper" else "image": 0.0}) as result:
+            assert torch.equal(model(**inputs).logits, plain)
+    assert result.changed == ()
 
 
 def test_cross_attention_with_labels(monkeypatch):
     from transformers.models.whisper import modeling_whisper
 
-    made, inputs = family("whisper")
-    made.eval()
+    model, inputs = family("whisper")
+    model.eval()
     labels = torch.tensor([0, 0, 0, 1, 1, 1, 0, 1])
     known = {"modality": labels, "names": ("speech", "noise")}
     cross = "model.decoder.layers.*.encoder_attn"
     with torch.no_grad():
-        plain = made(**inputs).logits
-        with eq.steer(made, **known, layers=cross, noise=-2.0) as found:
-            logits = made(**inputs).logits
-        assert found.changed == tuple(f"model.decoder.layers.{n}.encoder_attn" for n in range(2))
+        plain = model(**inputs).logits
+        with eq.steer(model, **known, layers=cross, noise=-2.0) as result:
+            logits = model(**inputs).logits
+        assert result.changed == tuple(f"model.decoder.layers.{n}.encoder_attn" for n in range(2))
         other, _ = family("whisper")
         other.set_attn_implementation("eager")
         eager, original = Eager(labels[None], -2.0), modeling_whisper.eager_attention_forward
@@ -366,10 +368,10 @@ def test_cross_attention_with_labels(monkeypatch):
 
 
 def test_keys_of_a_single_modality_raise():
-    made, inputs = family("whisper")
+    model, inputs = family("whisper")
     message = r"steer: expected attention to several modalities, with keys of 'audio', got '.*encoder_attn', but all of"
-    with torch.no_grad(), pytest.raises(ConfigError, match=message), eq.steer(made, audio=1.0):
-        made(**inputs)
+    with torch.no_grad(), pytest.raises(ConfigError, match=message), eq.steer(model, audio=1.0):
+        model(**inputs)
 
 
 # Other models, and watch.
@@ -406,28 +408,28 @@ def build_scene(kind):
     """(model, function that runs it, labels)."""
     torch.manual_seed(0)
     if kind == "fusion":
-        made, inputs = joint_model(depth=2).eval(), batch()
-        return made, lambda: made(inputs).logits, {}
+        model, inputs = joint_model(depth=2).eval(), batch()
+        return model, lambda: model(inputs).logits, {}
     if kind in ("llava", "gemma3"):
-        made, inputs = build_vlm(kind)
-        return made, lambda: made(**inputs).logits, {}
-    made = FOREIGN[kind]().eval()
+        model, inputs = build_vlm(kind)
+        return model, lambda: model(**inputs).logits, {}
+    model = FOREIGN[kind]().eval()
     tokens = torch.randn(3, 7, 12)
-    return made, lambda: made(tokens), KNOWN
+    return model, lambda: model(tokens), KNOWN
 
 
 @pytest.mark.parametrize("kind", ["fusion", "llava", "gemma3", *FOREIGN])
 def test_watch_records_steered_shares_inside_and_outside(kind):
-    made, run, known = build_scene(kind)
+    model, run, known = build_scene(kind)
     with torch.no_grad():
-        with eq.watch(made, **known) as plain:
+        with eq.watch(model, **known) as plain:
             untouched = run()
-        with eq.steer(made, **known, image=1.25):
+        with eq.steer(model, **known, image=1.25):
             steered = run()
-        with eq.steer(made, **known, image=1.25), eq.watch(made, **known) as inside:
+        with eq.steer(model, **known, image=1.25), eq.watch(model, **known) as inside:
             first = run()
-        with eq.watch(made, **known) as around:
-            with eq.steer(made, **known, image=1.25):
+        with eq.watch(model, **known) as around:
+            with eq.steer(model, **known, image=1.25):
                 second = run()
             third = run()
         assert torch.equal(run(), untouched)
@@ -445,8 +447,8 @@ def test_watch_records_steered_shares_inside_and_outside(kind):
 
 @pytest.mark.parametrize("kind", ["fusion", *FOREIGN])
 def test_watch_records_the_target_share(kind):
-    made, run, known = build_scene(kind)
-    with torch.no_grad(), eq.watch(made, **known) as record, eq.steer(made, **known, share={"image": 0.6}):
+    model, run, known = build_scene(kind)
+    with torch.no_grad(), eq.watch(model, **known) as record, eq.steer(model, **known, share={"image": 0.6}):
         run()
     for layer in record.layers:
         share = record.share(layer)[..., record.names.index("image")]
@@ -454,9 +456,9 @@ def test_watch_records_the_target_share(kind):
 
 
 def test_output_share_is_steered():
-    made, inputs = joint_model().eval(), batch()
-    with torch.no_grad(), eq.steer(made, share={"image": 0.3}):
-        share = made(inputs).share
+    model, inputs = joint_model().eval(), batch()
+    with torch.no_grad(), eq.steer(model, share={"image": 0.3}):
+        share = model(inputs).share
     torch.testing.assert_close(share[..., 1], torch.full_like(share[..., 1], 0.3), **CLOSE)
 
 
@@ -472,16 +474,16 @@ def fail_after(run):
 def test_state_is_restored_after_an_exception(kind):
     from transformers import AttentionInterface
 
-    made, run, known = build_scene(kind)
+    model, run, known = build_scene(kind)
     with torch.no_grad():
         plain = run()
-        before, interface = hooks(made), dict(vars(AttentionInterface))
-        with pytest.raises(RuntimeError, match="broken"), eq.steer(made, **known, image=3.0):
+        before, interface = hooks(model), dict(vars(AttentionInterface))
+        with pytest.raises(RuntimeError, match="broken"), eq.steer(model, **known, image=3.0):
             fail_after(run)
-        assert hooks(made) == before
+        assert hooks(model) == before
         assert dict(vars(AttentionInterface)) == interface
         assert torch.equal(run(), plain)
-        with eq.steer(made, **known, image=3.0):
+        with eq.steer(model, **known, image=3.0):
             assert not torch.equal(run(), plain)
 
 
@@ -505,43 +507,43 @@ def test_state_is_restored_after_an_exception(kind):
     ids=str,
 )  # fmt: skip
 def test_errors(options, message):
-    made, inputs = build_vlm("llava")
-    with torch.no_grad(), pytest.raises(ConfigError, match=message), eq.steer(made, **options):
-        made(**inputs)
+    model, inputs = build_vlm("llava")
+    with torch.no_grad(), pytest.raises(ConfigError, match=message), eq.steer(model, **options):
+        model(**inputs)
 
 
 def test_nested_contexts_raise():
-    made, _ = build_vlm("llava")
+    model, _ = build_vlm("llava")
     with (
         pytest.raises(ConfigError, match="steer: expected a model without another active intervention"),
-        eq.steer(made, image=1.0),
-        eq.steer(made, image=1.0),
+        eq.steer(model, image=1.0),
+        eq.steer(model, image=1.0),
     ):
         raise AssertionError("never reached")
 
 
 def test_context_without_forward_pass_warns():
-    made, _ = build_vlm("llava")
-    with pytest.raises(ConfigError, match="got a model that was not called"), eq.steer(made, image=1.0):
+    model, _ = build_vlm("llava")
+    with pytest.raises(ConfigError, match="got a model that was not called"), eq.steer(model, image=1.0):
         pass
 
 
 def test_dose_response():
-    made, inputs = build_vlm("llava")
+    model, inputs = build_vlm("llava")
     labels = torch.full_like(inputs["input_ids"], -100)
     labels[:, -2:] = inputs["input_ids"][:, -2:]
-    rows = eq.diagnostics.dose_response(made, inputs, labels, "image", betas=(-2.0, 0.0, 2.0), layers="*.1.self_attn")
+    rows = eq.diagnostics.dose_response(model, inputs, labels, "image", betas=(-2.0, 0.0, 2.0), layers="*.1.self_attn")
     assert [row["beta"] for row in rows] == [-2.0, 0.0, 2.0]
     with torch.no_grad():
-        plain, tokens = log_likelihood(made, inputs, labels)
+        plain, tokens = log_likelihood(model, inputs, labels)
     assert rows[1]["log_likelihood"] == plain
     assert {row["tokens"] for row in rows} == {tokens}
     shares = [row["share"] for row in rows]
     assert shares == sorted(shares)
     assert shares[0] < shares[1] < shares[2]
-    with torch.no_grad(), eq.steer(made, image=2.0, layers="*.1.self_attn"):
-        assert log_likelihood(made, inputs, labels)[0] == pytest.approx(rows[2]["log_likelihood"], abs=1e-6)
+    with torch.no_grad(), eq.steer(model, image=2.0, layers="*.1.self_attn"):
+        assert log_likelihood(model, inputs, labels)[0] == pytest.approx(rows[2]["log_likelihood"], abs=1e-6)
     with pytest.raises(ShapeError, match=r"dose_response labels: expected \(batch, token\), got \(13,\)"):
-        eq.diagnostics.dose_response(made, inputs, labels[0], "image")
+        eq.diagnostics.dose_response(model, inputs, labels[0], "image")
     with pytest.raises(ConfigError, match="dose_response betas: expected one or more numbers, got \\(\\)"):
-        eq.diagnostics.dose_response(made, inputs, labels, "image", betas=())
+        eq.diagnostics.dose_response(model, inputs, labels, "image", betas=())

@@ -20,12 +20,12 @@ def normal(seed, *shape):
 
 def build_bert(**options):
     torch.manual_seed(0)
-    made = transformers.BertModel(transformers.BertConfig(vocab_size=13, **SMALL, **options))
+    result = transformers.BertModel(transformers.BertConfig(vocab_size=13, **SMALL, **options))
     with torch.no_grad():
-        for parameter in made.parameters():
+        for parameter in result.parameters():
             # Parameters of exactly 0 and 1 would hide errors.
             parameter += 0.1 * torch.randn_like(parameter)
-    return made
+    return result
 
 
 IDS = torch.tensor([[1, 5, 7, 2], [1, 6, 2, 0], [0, 0, 0, 0]])

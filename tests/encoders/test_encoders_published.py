@@ -109,9 +109,9 @@ def test_published_cost():
             nn.init.zeros_(parameter)
     model = eq.FusionModel(encoders, eq.fusion.JointAttention(768, heads=1, shortcut=False), num_outputs=6).eval()
     pictures = {"audio": torch.zeros(1, 1, 257, 188), "image": torch.zeros(1, 3, 224, 224)}
-    found = eq.diagnostics.cost(model, pictures, convention="thop")
-    assert found.parameters + 2 * 768 == 59_871_762
-    assert round(found.gflops, 4) == 1489.1288
+    result = eq.diagnostics.cost(model, pictures, convention="thop")
+    assert result.parameters + 2 * 768 == 59_871_762
+    assert round(result.gflops, 4) == 1489.1288
 
 
 def bilinear(grid, rows, columns):
@@ -136,8 +136,8 @@ def bilinear(grid, rows, columns):
 @pytest.mark.parametrize(("rows", "columns"), [(2, 7), (5, 3), (3, 5)])
 def test_position_interpolation(rows, columns):
     grid = normal(0, 3, 5, 2)
-    found = interpolate_positions(grid.flatten(0, 1)[None], (3, 5), (rows, columns))
-    torch.testing.assert_close(found[0].unflatten(0, (rows, columns)), bilinear(grid, rows, columns), **EXACT)
+    result = interpolate_positions(grid.flatten(0, 1)[None], (3, 5), (rows, columns))
+    torch.testing.assert_close(result[0].unflatten(0, (rows, columns)), bilinear(grid, rows, columns), **EXACT)
 
 
 @pytest.fixture(scope="module")
@@ -160,9 +160,9 @@ def test_pretrained_vit(vit_folder):
     kernel = "embeddings.patch_embeddings.projection.weight"
     torch.testing.assert_close(state[kernel][:, 0], sum(trained[kernel].unbind(1)) / 3, **TOL[torch.float32])
     table = "embeddings.position_embeddings"
-    wanted = bilinear(trained[table][0, 1:].unflatten(0, (4, 4)), 2, 7).flatten(0, 1)
-    wanted = torch.cat([trained[table][0, :1], wanted, wanted])
-    torch.testing.assert_close(state[table][0], wanted, **TOL[torch.float32])
+    expected = bilinear(trained[table][0, 1:].unflatten(0, (4, 4)), 2, 7).flatten(0, 1)
+    expected = torch.cat([trained[table][0, :1], expected, expected])
+    torch.testing.assert_close(state[table][0], expected, **TOL[torch.float32])
     others = set(state) - {kernel, table}
     assert len(others) == 2 * 16 + 4
     assert all(torch.equal(state[name], trained[name]) for name in others)
@@ -185,10 +185,10 @@ def test_pretrained_resnet(tmp_path):
         tokens = encoder(pixels)
         maps = [[trained.eval()(frame[None]).last_hidden_state[0] for frame in video] for video in pixels]
         rows = [[m[:, i, j] for m in video for i in range(2) for j in range(3)] for video in maps]
-        wanted = encoder.project(torch.stack([torch.stack(row) for row in rows]))
+        expected = encoder.project(torch.stack([torch.stack(row) for row in rows]))
     assert tokens.values.shape == (2, 3 * 2 * 3, 7)
     assert not tokens.cls
-    torch.testing.assert_close(tokens.values, wanted, **TOL[torch.float32])
+    torch.testing.assert_close(tokens.values, expected, **TOL[torch.float32])
 
 
 def test_kernels_for_other_channel_counts():

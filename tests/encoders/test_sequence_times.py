@@ -55,14 +55,14 @@ def loop_features(time, dim, shortest, longest):
 @pytest.mark.parametrize("stride", [1, 3])
 @pytest.mark.parametrize("masked", [False, True])
 def test_time_positions(stride, masked):
-    made = build_encoder(stride=stride, periods=(0.3, 20.0))
+    layer = build_encoder(stride=stride, periods=(0.3, 20.0))
     frames, times = normal(2, 3, 11, 5), normal(3, 3, 11).cumsum(dim=1)
     mask = torch.ones(3, 11, dtype=torch.bool)
     if masked:
         mask[0, 4:], mask[1, [2, 5]], mask[2] = False, False, False
     times[1, 3] = NAN
-    tokens = made(frames, mask=mask if masked else None, times=times)
-    state, stamps = state_as_float64(made), loop_times(times, mask, stride)
+    tokens = layer(frames, mask=mask if masked else None, times=times)
+    state, stamps = state_as_float64(layer), loop_times(times, mask, stride)
     assert "positions" not in state
     for n, sample in enumerate(frames):
         rows, valid = [state["cls"]], [bool(mask[n].any())]
@@ -70,8 +70,8 @@ def test_time_positions(stride, masked):
             group = torch.zeros(stride, 5, dtype=torch.float64)
             part = sample[start : start + stride] * mask[n, start : start + stride, None]
             group[: len(part)] = part
-            place = loop_features(float(stamps[n, i]), 14, 0.3, 20.0)
-            rows.append(linear(state, "project.", group.flatten()) + place)
+            index = loop_features(float(stamps[n, i]), 14, 0.3, 20.0)
+            rows.append(linear(state, "project.", group.flatten()) + index)
             valid.append(bool(mask[n, start : start + stride].any()))
         expected = transformer(state, "transformer.", torch.stack(rows), valid, 2, 2)
         torch.testing.assert_close(tokens.values[n], expected, **EXACT)
@@ -88,8 +88,8 @@ def test_mean_times_of_groups(data):
         [data.draw(st.lists(number, min_size=length, max_size=length)) for _ in range(batch)], dtype=torch.float64
     )
     mask = torch.tensor([data.draw(st.lists(st.booleans(), min_size=length, max_size=length)) for _ in range(batch)])
-    found = group_times(times, mask, (batch, length), stride, "test")
-    torch.testing.assert_close(found, loop_times(times, mask, stride), equal_nan=True, rtol=1e-10, atol=1e-10)
+    result = group_times(times, mask, (batch, length), stride, "test")
+    torch.testing.assert_close(result, loop_times(times, mask, stride), equal_nan=True, rtol=1e-10, atol=1e-10)
 
 
 @settings(max_examples=10, deadline=None)
@@ -114,35 +114,35 @@ def test_sampling_rate_does_not_change_token_times(factor, stride):
 
 def test_frame_order_matters_for_index_positions_only():
     frames, times, order = normal(5, 2, 7, 5), normal(6, 2, 7), torch.tensor([3, 1, 6, 0, 2, 5, 4])
-    made = build_encoder()
+    layer = build_encoder()
     torch.testing.assert_close(
-        made(frames[:, order], times=times[:, order]).pooled(), made(frames, times=times).pooled(), **EXACT
+        layer(frames[:, order], times=times[:, order]).pooled(), layer(frames, times=times).pooled(), **EXACT
     )
-    made = build_encoder(positions="index", max_length=7)
-    assert not torch.allclose(made(frames[:, order]).pooled(), made(frames).pooled())
+    layer = build_encoder(positions="index", max_length=7)
+    assert not torch.allclose(layer(frames[:, order]).pooled(), layer(frames).pooled())
 
 
 @pytest.mark.parametrize("bad", [NAN, 1e30, -7.0])
 @pytest.mark.parametrize("positions", ["index", "time"])
 def test_times_of_padding_have_no_influence(positions, bad):
-    made = build_encoder(positions=positions, max_length=11, stride=3)
+    layer = build_encoder(positions=positions, max_length=11, stride=3)
     frames, times = normal(3, 2, 7, 5), normal(7, 2, 7)
     padded = torch.cat([frames, torch.full((2, 4, 5), NAN, dtype=torch.float64)], dim=1)
     stamps = torch.cat([times, torch.full((2, 4), bad, dtype=torch.float64)], dim=1)
-    longer = made(padded, mask=torch.arange(11).expand(2, -1) < 7, times=stamps)
-    expected = made(frames, times=times)
+    longer = layer(padded, mask=torch.arange(11).expand(2, -1) < 7, times=stamps)
+    expected = layer(frames, times=times)
     torch.testing.assert_close(longer.values[:, :4], expected.values, **EXACT)
     torch.testing.assert_close(longer.times[:, :4], expected.times, equal_nan=True, **EXACT)
     longer.pooled().sum().backward()
-    assert all(p.grad is None or p.grad.isfinite().all() for p in made.parameters())
+    assert all(p.grad is None or p.grad.isfinite().all() for p in layer.parameters())
 
 
 def test_index_positions_ignore_and_forward_times():
-    made = build_encoder(positions="index", max_length=7)
+    layer = build_encoder(positions="index", max_length=7)
     frames, times = normal(3, 2, 7, 5), normal(7, 2, 7)
-    assert made(frames).times is None
-    tokens = made(frames, times=times)
-    assert torch.equal(tokens.values, made(frames).values)
+    assert layer(frames).times is None
+    tokens = layer(frames, times=times)
+    assert torch.equal(tokens.values, layer(frames).values)
     assert torch.equal(tokens.times[:, 1:], times)
     torch.manual_seed(0)
     assert list(SequenceEncoder(5, max_length=7, dim=14, heads=2).state_dict())[:2] == ["cls", "positions"]

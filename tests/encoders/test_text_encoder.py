@@ -105,9 +105,9 @@ def test_conv_encoder_against_loops():
                 y = convolution(y, state[f"{conv}weight"], state[f"{conv}bias"], 1)
             x = x + y
         last = gelu(group_norm(x, state["norm.weight"], state["norm.bias"]))
-        for place, (i, j) in enumerate((i, j) for i in range(2) for j in range(3)):
+        for index, (i, j) in enumerate((i, j) for i in range(2) for j in range(3)):
             expected = state["project.weight"] @ last[:, i, j] + state["project.bias"]
-            torch.testing.assert_close(tokens.values[sample, place], expected, **EXACT)
+            torch.testing.assert_close(tokens.values[sample, index], expected, **EXACT)
 
 
 @pytest.mark.parametrize(

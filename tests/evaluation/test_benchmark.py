@@ -32,8 +32,8 @@ from helpers import published as small_published
 from helpers.tolerance import TOL
 
 
-def assert_close(found, truth):
-    torch.testing.assert_close(found, truth, **TOL[found.dtype])
+def assert_close(result, truth):
+    torch.testing.assert_close(result, truth, **TOL[result.dtype])
 
 
 @pytest.fixture(scope="module")
@@ -57,11 +57,11 @@ def tie_counts(scores, target):
 
 def expected_recall(scores, target, k):
     """1 - the chance that the first k are all wrong, equal ones in random order."""
-    found = []
+    result = []
     for above, wrong, right in tie_counts(scores, target):
         drawn = min(max(k - above, 0), wrong + right)
-        found.append(1 - math.comb(wrong, drawn) / math.comb(wrong + right, drawn))
-    return np.mean(found)
+        result.append(1 - math.comb(wrong, drawn) / math.comb(wrong + right, drawn))
+    return np.mean(result)
 
 
 def expected_median(scores, target, draws=200):
@@ -78,19 +78,19 @@ def expected_median(scores, target, draws=200):
 def test_metrics_match_the_model_logits(emoji, kind):
     model, processor = getattr(small_published, kind)(), small_published.Processor()
     shown = ProcessedDataset(emoji, processor, pad_to_limit=kind == "siglip")
-    whole = next(shown.batches("val", 1000))
-    mask = {} if kind == "siglip" else {"attention_mask": (whole["text"] != 0).long()}
+    full = next(shown.batches("val", 1000))
+    mask = {} if kind == "siglip" else {"attention_mask": (full["text"] != 0).long()}
     with torch.no_grad():
         options = {"use_image_text_matching_head": False} if kind == "blip2" else {}
-        scores = model(pixel_values=whole["image"], input_ids=whole["text"], **mask, **options).logits_per_image
-    found = evaluate(model, processor, emoji, split="val")
-    target = whole["target"].tolist()
+        scores = model(pixel_values=full["image"], input_ids=full["text"], **mask, **options).logits_per_image
+    result = evaluate(model, processor, emoji, split="val")
+    target = full["target"].tolist()
     # The model's own product rounds equal vectors apart.
     scores = scores.double().round(decimals=5)
-    assert found["image_to_text/recall@5"] == pytest.approx(expected_recall(scores, target, 5))
-    assert found["text_to_image/median_rank"] == pytest.approx(expected_median(scores.T, target), rel=0.01)
+    assert result["image_to_text/recall@5"] == pytest.approx(expected_recall(scores, target, 5))
+    assert result["text_to_image/median_rank"] == pytest.approx(expected_median(scores.T, target), rel=0.01)
     if kind != "blip2":
-        assert {"composed_to_image/recall@1", "modality_gap/image-text"} <= set(found)
+        assert {"composed_to_image/recall@1", "modality_gap/image-text"} <= set(result)
 
 
 def test_pad_token_equal_to_eos():
@@ -99,8 +99,8 @@ def test_pad_token_equal_to_eos():
     ids, mask = torch.tensor([[1, 4, 2, 2, 2], [1, 5, 6, 7, 2]]), torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
     space = PretrainedDualEncoder(model, padding=2, pad_is_eos=True)
     with torch.no_grad():
-        told = model.get_text_features(input_ids=ids, attention_mask=mask).pooler_output
-        assert_close(space.embed({"text": ids})["text"], torch.nn.functional.normalize(told, dim=-1))
+        messages = model.get_text_features(input_ids=ids, attention_mask=mask).pooler_output
+        assert_close(space.embed({"text": ids})["text"], torch.nn.functional.normalize(messages, dim=-1))
 
 
 def test_captions_are_inserted_into_the_template(emoji):
@@ -116,18 +116,18 @@ def test_captions_are_inserted_into_the_template(emoji):
 
 def test_parts_of_combinations_are_separate_captions(emoji):
     shown = ProcessedDataset(emoji, small_published.Processor())
-    found, items = shown.combinations("val"), emoji.split_items("val")
-    for row, place in enumerate(found.rows.tolist()):
-        own = shown.tokenize(items[place].parts)
-        assert int(found.present[row].sum()) == len(items[place].parts)
-        assert torch.equal(found.parts[row, 0, : own.shape[1]][: own.shape[1]], torch.nn.functional.pad(
-            own, (0, found.parts.shape[2] - own.shape[1]))[0, : own.shape[1]])  # fmt: skip
+    result, items = shown.combinations("val"), emoji.split_items("val")
+    for row, index in enumerate(result.rows.tolist()):
+        own = shown.tokenize(items[index].parts)
+        assert int(result.present[row].sum()) == len(items[index].parts)
+        assert torch.equal(result.parts[row, 0, : own.shape[1]][: own.shape[1]], torch.nn.functional.pad(
+            own, (0, result.parts.shape[2] - own.shape[1]))[0, : own.shape[1]])  # fmt: skip
 
 
 def build_vlm(seed=0):
     """A tiny LLaVA whose tokens are the words of the scenes."""
     known = dict.fromkeys((*WORDS, "<unk>", "?", ".", "answer", "with", "word", "USER", ":"))
-    inner = Tokenizer(models.WordLevel({word: place for place, word in enumerate(known)}, unk_token="<unk>"))
+    inner = Tokenizer(models.WordLevel({word: index for index, word in enumerate(known)}, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split("?", "isolated")]
     )
@@ -156,13 +156,13 @@ def build_vlm(seed=0):
 def test_pointing_against_explicit_attention(scenes):
     asker = build_vlm()
     sample = next(
-        place for place, kind in enumerate(scenes.kinds("test")) if kind == "color"
+        index for index, kind in enumerate(scenes.kinds("test")) if kind == "color"
     )  # "what color is the <shape>"
     held = scenes.split("test").inputs
     regions = scenes.regions("test", torch.tensor([sample]))[0]
-    place = int(regions.any(dim=1).nonzero()[0, 0])
-    word = WORDS[int(held["text"][sample, place])]
-    mass, chance = attention_on_object(asker, scenes, "test", sample, word, regions[place])
+    index = int(regions.any(dim=1).nonzero()[0, 0])
+    word = WORDS[int(held["text"][sample, index])]
+    mass, chance = attention_on_object(asker, scenes, "test", sample, word, regions[index])
     prompt = asker.prompt(benchmark_question(scenes, "test", sample), to_pil_image(scenes, "test", sample)).inputs
     with torch.no_grad():
         written = asker.model(**prompt, output_attentions=True).attentions
@@ -170,7 +170,7 @@ def test_pointing_against_explicit_attention(scenes):
     pictured = torch.tensor(ids) == WORDS.index("<image>")
     row = max(position for position, number in enumerate(ids) if number == WORDS.index(word))
     # Tokens are as fine as the scene's patches, so that each is covered whole or not at all.
-    region = regions[place].float()
+    region = regions[index].float()
     for layer, attention in enumerate(written):
         seen = attention[0, :, row, pictured]
         assert_close(mass[layer], (seen * region).sum(dim=-1) / seen.sum(dim=-1))
@@ -179,17 +179,17 @@ def test_pointing_against_explicit_attention(scenes):
 
 def test_generative_model_is_evaluated_with_and_without_its_image(scenes):
     asker = build_vlm()
-    found = evaluate(asker.model, asker.processor, scenes, samples=16)
-    assert {"accuracy", "accuracy_shuffled", "accuracy_blank", "caption_f1"} <= set(found)
-    assert 0 < found["chance/color"] < 1
-    assert 0 <= found["pointing/shape"] <= 1
-    assert found == evaluate(asker.model, asker.processor, scenes, samples=16)
+    result = evaluate(asker.model, asker.processor, scenes, samples=16)
+    assert {"accuracy", "accuracy_shuffled", "accuracy_blank", "caption_f1"} <= set(result)
+    assert 0 < result["chance/color"] < 1
+    assert 0 <= result["pointing/shape"] <= 1
+    assert result == evaluate(asker.model, asker.processor, scenes, samples=16)
 
 
 def test_blank_image_has_the_mean_gray_level(scenes, monkeypatch):
     asker, shown = build_vlm(), []
-    made = SimpleNamespace(inputs={})
-    monkeypatch.setattr(GenerativeVLM, "prompt", lambda self, text, picture: shown.append(picture) or made)
+    result = SimpleNamespace(inputs={})
+    monkeypatch.setattr(GenerativeVLM, "prompt", lambda self, text, picture: shown.append(picture) or result)
     monkeypatch.setattr(GenerativeVLM, "reply", lambda self, inputs, most: "")
     assert len(dict(pretrained_answers(asker, scenes, "test", 3, "blank", lambda: None))) == 3
     level = round(float(scenes.train.inputs["image"].double().mean()))
@@ -197,15 +197,15 @@ def test_blank_image_has_the_mean_gray_level(scenes, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("said", "first", "read"),
+    ("message", "first", "read"),
     [
         ("Red.", True, "red"), ("10", True, ""), ("The answer is: yes", True, "yes"), ("2", True, "two"),
         ("bluish", True, ""),
         ("A red car, and 1 TREE!", False, "a red car and one tree"), ("", True, ""),
     ],
 )  # fmt: skip
-def test_replies_are_mapped_to_known_answers(scenes, said, first, read):
-    assert normalize_answer(said, scenes, first=first) == read
+def test_replies_are_mapped_to_known_answers(scenes, message, first, read):
+    assert normalize_answer(message, scenes, first=first) == read
 
 
 def test_position_of_multi_token_words():
@@ -288,9 +288,9 @@ def test_weights_of_another_size_raise(tmp_path):
 def test_command_prints_the_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(small_published.saved_clip(tmp_path / "small"))
     assert run(["evaluate", ".", "--split", "val", "--device", "cpu", "--out", str(tmp_path / "out")]) == 0
-    said = result_rows.load_results(tmp_path / "out")
-    assert said["protocol"]["methods"] == ["small"]
-    assert said["runs"][0]["metrics"]["chance/recall@1"] == pytest.approx(1 / 183)
+    message = result_rows.load_results(tmp_path / "out")
+    assert message["protocol"]["methods"] == ["small"]
+    assert message["runs"][0]["metrics"]["chance/recall@1"] == pytest.approx(1 / 183)
     assert "recall@1" in capsys.readouterr().out
 
 

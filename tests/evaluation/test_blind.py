@@ -23,15 +23,15 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "blind_served_model.py"
 
 
 def build_samples(count=40, choices=False):
-    found = []
+    result = []
     for index in range(count):
         color = [*COLORS][(index * 7 + index // 4) % 4]
         sample = {
             "image": Image.new("RGB", (4, 4 + index % 3), COLORS[color]), "question": f"Which color has thing {index}?",
             "answer": color, "category": "odd" if index % 2 else "even",
         }  # fmt: skip
-        found.append(sample | ({"choices": [*COLORS]} if choices else {}))
-    return found
+        result.append(sample | ({"choices": [*COLORS]} if choices else {}))
+    return result
 
 
 def answer_from_image(image, prompt):
@@ -369,12 +369,12 @@ class Server(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def server():
     Server.requests = []
-    found = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
-    thread = threading.Thread(target=found.serve_forever, daemon=True)
+    result = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    thread = threading.Thread(target=result.serve_forever, daemon=True)
     thread.start()
-    yield f"http://127.0.0.1:{found.server_address[1]}/v1"
-    found.shutdown()
-    found.server_close()
+    yield f"http://127.0.0.1:{result.server_address[1]}/v1"
+    result.shutdown()
+    result.server_close()
     thread.join()
 
 

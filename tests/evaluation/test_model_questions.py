@@ -38,7 +38,7 @@ NAMES = [*COLORS]
 
 
 def build_processor():
-    inner = Tokenizer(models.WordLevel({word: place for place, word in enumerate(WORDS)}, unk_token="<unk>"))
+    inner = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = hf.PreTrainedTokenizerFast(
         tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
@@ -64,16 +64,16 @@ def build_model():
 def build_samples(count=24):
     """Questions whose answer the image shows, and is also what the thing of the question usually has."""
     random = np.random.default_rng(0)
-    found = []
+    result = []
     for index in range(count):
         number = int(random.integers(8))
         color = NAMES[number % 4]
         shade = tuple(int(np.clip(part + random.integers(-15, 16), 0, 255)) for part in COLORS[color])
-        found.append({
+        result.append({
             "image": Image.new("RGB", (8, 8), shade), "question": f"which color has the {THINGS[number]} ?",
             "answer": color, "category": "a" if index % 2 else "b",
         })  # fmt: skip
-    return found
+    return result
 
 
 def train_model(uses):
@@ -113,11 +113,11 @@ def with_choices(rows):
 def test_verdict_matches_planted_behavior(trained_models, score):
     rows = with_choices(build_samples()) if score == "likelihood" else build_samples()
     conditions = ("given", "blank", "other", "hidden", "none") if score == "likelihood" else ("given", "hidden", "none")
-    found = {
+    result = {
         uses: evaluate_questions(model, build_processor(), rows, score=score, max_new_tokens=1, conditions=conditions)
         for uses, model in trained_models.items()
     }
-    image, text, chance = found["image"], found["text"], found["chance"]
+    image, text, chance = result["image"], result["text"], result["chance"]
     assert image.failed == text.failed == chance.failed == 0
     assert image.accuracy["given"] > 0.95
     assert max(image.accuracy[name] for name in conditions if name not in ("given", "other")) < 0.6
@@ -190,7 +190,7 @@ def test_several_images(trained_models):
 def build_audio_model():
     """A tiny audio-language model with its processor."""
     words = ("<pad>", "<s>", "</s>", "<unk>", "<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>", "which", "?", "yes", "no")
-    inner = Tokenizer(models.WordLevel({word: place for place, word in enumerate(words)}, unk_token="<unk>"))
+    inner = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = hf.PreTrainedTokenizerFast(
         tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
@@ -304,9 +304,9 @@ def test_command(saved_models, tmp_path, capsys, kind):
         "10",
     ]
     assert run(arguments) == 0
-    said = capsys.readouterr().out
-    assert "as given" in said
-    assert "answered as well without the image" in said
+    message = capsys.readouterr().out
+    assert "as given" in message
+    assert "answered as well without the image" in message
     content = json.loads((out / "questions.json").read_text())
     assert content["questions"] == 10
     assert content["conditions"]["given"]["accuracy"] > 0.9

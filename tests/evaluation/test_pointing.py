@@ -30,9 +30,9 @@ def explicit_attention(model, image, text):
     stream = model.stream(patches, text)
     if model.kind != "gated":
         model.language.set_attn_implementation("eager")
-        found = model.language(inputs_embeds=stream.embeddings, output_attentions=True).attentions
+        result = model.language(inputs_embeds=stream.embeddings, output_attentions=True).attentions
         model.language.set_attn_implementation("sdpa")
-        return torch.stack(found, dim=1)[:, :, :, patches.shape[1] - 1 :]
+        return torch.stack(result, dim=1)[:, :, :, patches.shape[1] - 1 :]
     maps, hidden = [], stream.embeddings
     for block, gate in zip(model.language.model.layers, model.gates, strict=True):
         reading, normed = gate.reading, gate.norm(hidden)
@@ -56,28 +56,28 @@ def test_scores_against_explicit_attention(kind):
     for gate in model.gates:
         torch.nn.init.ones_(gate.attention_gate)
     torch.manual_seed(2)
-    place = torch.tensor([1, 3, 2, 5, 4, 2, 3])
+    index = torch.tensor([1, 3, 2, 5, 4, 2, 3])
     region, others = torch.rand(7, 36) < 0.3, torch.rand(7, 36) < 0.3
     others &= ~region
-    found = region_attention(model, held["image"], held["text"], place, region, others)
+    result = region_attention(model, held["image"], held["text"], index, region, others)
     maps = explicit_attention(model, held["image"], held["text"])
-    assert found.shape == (7, 2, 2, 4)
+    assert result.shape == (7, 2, 2, 4)
     for row in range(7):
-        seen = maps[row, :, :, place[row]]
+        seen = maps[row, :, :, index[row]]
         patches = seen[..., :36]
         for label, kept in ((OBJECT, region), (OTHER, others), (GROUND, ~(region | others))):
-            torch.testing.assert_close(found[row, ..., label], patches[..., kept[row]].sum(dim=-1), **CLOSE)
-        torch.testing.assert_close(found[row, ..., TEXT], seen[..., 36:].sum(dim=-1), **CLOSE)
+            torch.testing.assert_close(result[row, ..., label], patches[..., kept[row]].sum(dim=-1), **CLOSE)
+        torch.testing.assert_close(result[row, ..., TEXT], seen[..., 36:].sum(dim=-1), **CLOSE)
 
 
 @pytest.mark.parametrize("kind", ["linear", "gated"])
 @torch.no_grad()
 def test_maps_against_explicit_attention(kind):
     model, held = build_vlm(kind), batch(5)
-    place = torch.tensor([1, 3, 2, 5, 4])
-    patches = explicit_attention(model, held["image"], held["text"])[torch.arange(5), :, :, place, :36]
-    found = attention_map(model, held["image"], held["text"], place)
-    torch.testing.assert_close(found, patches / patches.sum(dim=-1, keepdim=True), **CLOSE)
+    index = torch.tensor([1, 3, 2, 5, 4])
+    patches = explicit_attention(model, held["image"], held["text"])[torch.arange(5), :, :, index, :36]
+    result = attention_map(model, held["image"], held["text"], index)
+    torch.testing.assert_close(result, patches / patches.sum(dim=-1, keepdim=True), **CLOSE)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -85,12 +85,12 @@ def test_maps_against_explicit_attention(kind):
 def test_means_over_words_by_a_loop(kind):
     model, source = build_vlm("mlp"), small_scenes()
     masses, choices, sizes, rest = [], [], [], []
-    for place in range(len(source.test)):
-        words = source.words("test", place)
-        caption = source.kinds("test")[place] == "caption"
-        regions = source.regions("test", torch.tensor([place]))[0]
-        covered = source.covered("test", torch.tensor([place]))[0]
-        held = source.batch("test", torch.tensor([place]), seed=0, epoch=0, train=False)
+    for index in range(len(source.test)):
+        words = source.words("test", index)
+        caption = source.kinds("test")[index] == "caption"
+        regions = source.regions("test", torch.tensor([index]))[0]
+        covered = source.covered("test", torch.tensor([index]))[0]
+        held = source.batch("test", torch.tensor([index]), seed=0, epoch=0, train=False)
         maps = explicit_attention(model, held["image"], held["text"])[0]
         for at, word in enumerate(words):
             if word not in part.KINDS[kind] or not regions[at].any() or (not caption and at == len(words) - 1):
@@ -102,12 +102,12 @@ def test_means_over_words_by_a_loop(kind):
             if bool((covered & ~regions[at]).any()):
                 choices.append(own / patches[..., covered].sum(dim=-1))
                 rest.append(float(regions[at].sum() / covered.sum()))
-    found = pointing(model, source, "test", kind)
-    assert found.count == len(masses)
-    torch.testing.assert_close(found.mass, torch.stack(masses).mean(dim=0), **CLOSE)
-    torch.testing.assert_close(found.choice, torch.stack(choices).mean(dim=0), **CLOSE)
-    assert found.chance == pytest.approx(sum(sizes) / len(sizes))
-    assert found.chance_choice == pytest.approx(sum(rest) / len(rest))
+    result = pointing(model, source, "test", kind)
+    assert result.count == len(masses)
+    torch.testing.assert_close(result.mass, torch.stack(masses).mean(dim=0), **CLOSE)
+    torch.testing.assert_close(result.choice, torch.stack(choices).mean(dim=0), **CLOSE)
+    assert result.chance == pytest.approx(sum(sizes) / len(sizes))
+    assert result.chance_choice == pytest.approx(sum(rest) / len(rest))
 
 
 @torch.no_grad()
@@ -117,10 +117,10 @@ def test_uniform_attention_is_at_chance():
     for gate in model.gates:
         torch.nn.init.zeros_(gate.reading.query.weight)
     for kind in KINDS:
-        found = pointing(model, source, "test", kind)
-        torch.testing.assert_close(found.mass, torch.full((2, 2), found.chance), **CLOSE)
-        torch.testing.assert_close(found.choice, torch.full((2, 2), found.chance_choice), **CLOSE)
-        torch.testing.assert_close(found.picture, torch.ones(2, 2), **CLOSE)
+        result = pointing(model, source, "test", kind)
+        torch.testing.assert_close(result.mass, torch.full((2, 2), result.chance), **CLOSE)
+        torch.testing.assert_close(result.choice, torch.full((2, 2), result.chance_choice), **CLOSE)
+        torch.testing.assert_close(result.picture, torch.ones(2, 2), **CLOSE)
 
 
 def test_best_head_is_selected_on_validation_data(monkeypatch):
@@ -131,21 +131,21 @@ def test_best_head_is_selected_on_validation_data(monkeypatch):
         return part.PointingResult(mass, mass / 2, mass / 4, 0.125, 0.25, 3)
 
     monkeypatch.setattr(part, "pointing", fake)
-    found = pointing_metrics(build_vlm("mlp"), small_scenes())
-    assert found["pointing/color"] == pytest.approx(0.4)
-    assert found["pointing_mean/color"] == pytest.approx(0.6)
-    assert found["pointing_choice/shape"] == pytest.approx(0.2)
-    assert (found["chance/shape"], found["chance_choice/shape"]) == (0.125, 0.25)
+    result = pointing_metrics(build_vlm("mlp"), small_scenes())
+    assert result["pointing/color"] == pytest.approx(0.4)
+    assert result["pointing_mean/color"] == pytest.approx(0.6)
+    assert result["pointing_choice/shape"] == pytest.approx(0.2)
+    assert (result["chance/shape"], result["chance_choice/shape"]) == (0.125, 0.25)
 
 
 def test_labeled_words():
     source = small_scenes()
     for kind in KINDS:
-        for index, place, region in labeled_words(source, "test", kind):
-            words = [WORDS[source.test.inputs["text"][i, p]] for i, p in zip(index, place, strict=True)]
+        for index, position, region in labeled_words(source, "test", kind):
+            words = [WORDS[source.test.inputs["text"][i, p]] for i, p in zip(index, position, strict=True)]
             assert set(words) <= set(part.KINDS[kind])
             assert region.any(dim=1).all()
-            assert torch.equal(region, source.regions("test", index)[torch.arange(len(index)), place])
+            assert torch.equal(region, source.regions("test", index)[torch.arange(len(index)), position])
 
 
 @pytest.mark.parametrize("kind", ["qformer", "resampler"])

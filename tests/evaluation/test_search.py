@@ -55,24 +55,24 @@ def index_with_known_scores(model, emoji, scores, query="red heart"):
 
 
 def test_results_are_ranked_with_ties(model, emoji):
-    found = index_with_known_scores(model, emoji, [0.1, 0.9, 0.5, 0.9, -0.3, 0.5, 0.5]).search_by_text(
+    result = index_with_known_scores(model, emoji, [0.1, 0.9, 0.5, 0.9, -0.3, 0.5, 0.5]).search_by_text(
         "red heart", top=4
     )
-    assert [hit.entry.name for hit in found.hits] == ["entry 1", "entry 3", "entry 2", "entry 5"]
-    assert [hit.rank for hit in found.hits] == [1, 1, 3, 3]
-    assert [hit.score for hit in found.hits] == pytest.approx([0.9, 0.9, 0.5, 0.5], abs=1e-5)
-    assert (found.tied, found.entries, found.question, found.image) == (1, 7, "red heart", None)
+    assert [hit.entry.name for hit in result.hits] == ["entry 1", "entry 3", "entry 2", "entry 5"]
+    assert [hit.rank for hit in result.hits] == [1, 1, 3, 3]
+    assert [hit.score for hit in result.hits] == pytest.approx([0.9, 0.9, 0.5, 0.5], abs=1e-5)
+    assert (result.tied, result.entries, result.question, result.image) == (1, 7, "red heart", None)
     everything = index_with_known_scores(model, emoji, [0.2, 0.4]).search_by_text("red heart", top=10)
     assert [hit.rank for hit in everything.hits] == [1, 2]
     assert everything.tied == 0
 
 
 def test_results_are_ordered_by_cosine(image_index, emoji):
-    found = image_index.search_by_text("blue book", top=50)
+    result = image_index.search_by_text("blue book", top=50)
     (query,) = embed_entries(image_index.model, "text", emoji.words.encode(["blue book"]))
     cosines = (image_index.vectors @ query).tolist()
-    expected = sorted(range(len(cosines)), key=lambda place: -cosines[place])[:50]
-    assert [hit.entry.name for hit in found.hits] == [emoji.items[place].name for place in expected]
+    expected = sorted(range(len(cosines)), key=lambda index: -cosines[index])[:50]
+    assert [hit.entry.name for hit in result.hits] == [emoji.items[index].name for index in expected]
 
 
 def test_image_entries_have_metadata(image_index, emoji):
@@ -93,19 +93,19 @@ def test_captions_are_unique_names_and_keywords(caption_index, emoji):
 
 def test_image_query_returns_captions_and_itself(image_index, caption_index, emoji, tmp_path):
     Image.fromarray(emoji.pictures[7].numpy()).save(tmp_path / "own.png")
-    found = image_index.search_by_image(tmp_path / "own.png", top=3)
-    assert found.hits[0].score == pytest.approx(1.0, abs=1e-5)
-    assert emoji.items[7].name in [hit.entry.name for hit in found.hits if hit.rank == 1]
-    assert found.question == "own.png"
-    assert found.image.shape == (96, 96, 3)
-    told = caption_index.search_by_image(Image.fromarray(emoji.pictures[7].numpy()), top=5)
-    assert told.question == "an image"
-    assert len(told.hits) == 5
+    result = image_index.search_by_image(tmp_path / "own.png", top=3)
+    assert result.hits[0].score == pytest.approx(1.0, abs=1e-5)
+    assert emoji.items[7].name in [hit.entry.name for hit in result.hits if hit.rank == 1]
+    assert result.question == "own.png"
+    assert result.image.shape == (96, 96, 3)
+    messages = caption_index.search_by_image(Image.fromarray(emoji.pictures[7].numpy()), top=5)
+    assert messages.question == "an image"
+    assert len(messages.hits) == 5
 
 
 def test_unknown_words(image_index):
-    found = image_index.search_by_text("bluish hearts", top=1)
-    assert found.unseen == ["bluish"]
+    result = image_index.search_by_text("bluish hearts", top=1)
+    assert result.unseen == ["bluish"]
     with pytest.raises(ConfigError, match="search: expected a known word, got 'qqqq'"):
         image_index.search_by_text("qqqq")
 
@@ -158,14 +158,14 @@ def test_unsupported_models_raise(emoji, model):
 def test_embeddings_are_cached_per_weights(model, emoji, tmp_path):
     weights = tmp_path / "model.safetensors"
     save_file({"a": torch.ones(2)}, weights)
-    made = []
+    result = []
 
     def make():
-        made.append(1)
-        return {"image": torch.full((2, 3), float(len(made)))}
+        result.append(1)
+        return {"image": torch.full((2, 3), float(len(result)))}
 
     first, second = (cached_embeddings(tmp_path, weights, emoji, make) for _ in range(2))
-    assert len(made) == 1
+    assert len(result) == 1
     assert torch.equal(first["image"], second["image"])
     save_file({"a": torch.zeros(2)}, weights)
     assert float(cached_embeddings(tmp_path, weights, emoji, make)["image"][0, 0]) == 2.0

@@ -108,24 +108,24 @@ def test_shortcut_equals_the_full_computation_with_gradients(depth):
         output = fusion(tokens)
         (output.features.square().sum() + output.share.square().sum()).backward()
         results.append([output.features, output.share, *(p.grad for p in fusion.parameters())])
-    for short, whole in zip(*results, strict=True):
-        torch.testing.assert_close(short, whole, **(EXACT if short.dtype == torch.float64 else SINGLE))
+    for short, full in zip(*results, strict=True):
+        torch.testing.assert_close(short, full, **(EXACT if short.dtype == torch.float64 else SINGLE))
 
 
 def test_active_depth_equals_a_shallower_model_and_is_saved():
     tokens = random_tokens(NAMES[:2])
     fusion = build_fusion(JointAttention, NAMES[:2], depth=3)
-    whole = fusion(tokens).features
+    full = fusion(tokens).features
     for depth in (1, 2, 3):
         fusion.use_depth(depth)
         assert fusion.attention is fusion.layers[depth - 1]
         assert [layer.readout for layer in fusion.layers] == [n == depth for n in (1, 2, 3)]
-    torch.testing.assert_close(fusion(tokens).features, whole, **EXACT)
+    torch.testing.assert_close(fusion(tokens).features, full, **EXACT)
     fusion.use_depth(2)
     other = JointAttention(DIM, depth=3).build(NAMES[:2]).double().eval()
     other.load_state_dict(fusion.state_dict())
     torch.testing.assert_close(other(tokens).features, fusion(tokens).features, **EXACT)
-    assert not torch.allclose(other(tokens).features, whole)
+    assert not torch.allclose(other(tokens).features, full)
 
 
 def test_modality_embedding_is_added_to_the_tokens_of_its_modality():

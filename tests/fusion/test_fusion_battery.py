@@ -33,8 +33,8 @@ def fusion_logits(fusion, tokens, head=None):
 def insert_padding(part, places):
     """Returns the tokens with masked random values inserted at the given positions."""
     real = [True] * len(part)
-    for place in places:
-        real.insert(place, False)
+    for index in places:
+        real.insert(index, False)
     kept = [j for j, is_real in enumerate(real) if is_real]
     values = torch.full((BATCH, len(real), DIM), 77.0, dtype=part.values.dtype)
     mask = torch.zeros(BATCH, len(real), dtype=torch.bool)
@@ -102,11 +102,11 @@ def test_missing_modality_affects_only_its_sample(kind):
     present = torch.tensor([True, False, True])
     for name in NAMES[:2]:
         mask = present[:, None].expand(-1, LENGTHS[name])
-        whole, partly = fusion(tokens), fusion(tokens | {name: Tokens(tokens[name].values, mask=mask)})
+        full, partly = fusion(tokens), fusion(tokens | {name: Tokens(tokens[name].values, mask=mask)})
         assert partly.features.isfinite().all()
-        torch.testing.assert_close(partly.features[present], whole.features[present], **EXACT)
+        torch.testing.assert_close(partly.features[present], full.features[present], **EXACT)
         if name in used_modalities(fusion):
-            assert not torch.allclose(partly.features[1], whole.features[1])
+            assert not torch.allclose(partly.features[1], full.features[1])
 
 
 @every
@@ -189,8 +189,8 @@ def test_accumulated_batches_equal_one_batch(kind):
             cut = {name: Tokens(part.values[piece], mask=part.mask[piece]) for name, part in tokens.items()}
             (fusion_logits(fusion, cut, head).square().sum() / BATCH).backward()
         gradients.append([p.grad for p in (*fusion.parameters(), *head.parameters())])
-    for whole, summed in zip(*gradients, strict=True):
-        torch.testing.assert_close(summed, whole, **EXACT)
+    for full, summed in zip(*gradients, strict=True):
+        torch.testing.assert_close(summed, full, **EXACT)
 
 
 @every

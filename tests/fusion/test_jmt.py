@@ -21,10 +21,10 @@ def test_forward(output, masked, cls, count, depth):
     tokens = random_tokens(NAMES[:count], masked=masked, cls=cls)
     fusion = build_fusion(JMT, NAMES[:count], heads=2, depth=depth, output=output)
     expected = jmt(state_as_float64(fusion), tokens, heads=2, depth=depth, output=output)
-    found = fusion(tokens)
-    torch.testing.assert_close(found.features, expected, **EXACT)
-    assert found.features.shape == (BATCH, fusion.out_dim)
-    assert found.share is None
+    result = fusion(tokens)
+    torch.testing.assert_close(result.features, expected, **EXACT)
+    assert result.features.shape == (BATCH, fusion.out_dim)
+    assert result.share is None
 
 
 def test_six_pairs_of_the_paper():

@@ -15,11 +15,11 @@ from oracles.fusion_transformers import joint_contributions
 
 def build_joint(*args, **options):
     """Returns a model with joint attention and nonzero biases."""
-    made = fresh(*args, **options)
+    result = fresh(*args, **options)
     with torch.no_grad():
-        for parameter in made.parameters():
+        for parameter in result.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
-    return made
+    return result
 
 
 def build_model(fusion, names=NAMES[:2]):
@@ -32,87 +32,87 @@ def build_model(fusion, names=NAMES[:2]):
 @pytest.mark.parametrize("options", [{"heads": 3}, {"include_cls_key": False}, {"shortcut": False}])
 def test_joint_attention(options, count, missing):
     missing = missing if count > 1 else ()
-    made, inputs = build_joint(NAMES[:count], **options), batch(NAMES[:count], missing=missing)
-    parts = eq.fusion.modality_contributions(made, inputs)
+    model, inputs = build_joint(NAMES[:count], **options), batch(NAMES[:count], missing=missing)
+    parts = eq.fusion.modality_contributions(model, inputs)
     assert tuple(parts) == NAMES[:count]
     heads, keys = options.get("heads", 2), options.get("include_cls_key", True)
     expected = joint_contributions(
-        state_as_float64(made.fusion),
-        state_as_float64(made.head),
-        made.encode(inputs),
+        state_as_float64(model.fusion),
+        state_as_float64(model.head),
+        model.encode(inputs),
         heads=heads,
         include_cls_key=keys,
     )
     for index, part in enumerate(parts.values()):
         torch.testing.assert_close(part, expected[:, index], **EXACT)
         assert not part.requires_grad
-    torch.testing.assert_close(sum(parts.values()), made.eval()(inputs).logits.detach(), **EXACT)
+    torch.testing.assert_close(sum(parts.values()), model.eval()(inputs).logits.detach(), **EXACT)
 
 
 def test_missing_modality_contributes_only_the_remainder():
-    made, inputs = build_joint(NAMES[:3]), batch(NAMES[:3])
-    parts = eq.fusion.modality_contributions(made, inputs | {"image": None})
-    torch.testing.assert_close(sum(parts.values()), made.eval()(inputs | {"image": None}).logits.detach(), **EXACT)
+    model, inputs = build_joint(NAMES[:3]), batch(NAMES[:3])
+    parts = eq.fusion.modality_contributions(model, inputs | {"image": None})
+    torch.testing.assert_close(sum(parts.values()), model.eval()(inputs | {"image": None}).logits.detach(), **EXACT)
     without_class = build_joint(NAMES[:3], include_cls_key=False)
-    without_class.load_state_dict(made.state_dict())
+    without_class.load_state_dict(model.state_dict())
     parts = eq.fusion.modality_contributions(without_class, inputs | {"image": None})
     # If the class token is not a key, only the biases belong to no modality: a third each.
-    rest = (made.fusion.attention.out.bias @ made.head.weight.mT + made.head.bias) / 3
+    rest = (model.fusion.attention.out.bias @ model.head.weight.mT + model.head.bias) / 3
     torch.testing.assert_close(parts["image"], rest.detach().expand(5, -1), **EXACT)
 
 
 def test_rotated_query_is_used():
-    made, inputs = build_joint(), batch()
-    balancer = eq.balance.RollingQ(made.fusion.attention, beta=0.0, rho=2.0)
-    before = eq.fusion.modality_contributions(made, inputs)
-    made.train()
-    made(inputs)
+    model, inputs = build_joint(), batch()
+    balancer = eq.balance.RollingQ(model.fusion.attention, beta=0.0, rho=2.0)
+    before = eq.fusion.modality_contributions(model, inputs)
+    model.train()
+    model(inputs)
     assert balancer.end_epoch()["rotations"] == 1
-    after = eq.fusion.modality_contributions(made, inputs)
+    after = eq.fusion.modality_contributions(model, inputs)
     assert not torch.allclose(after["audio"], before["audio"])
-    torch.testing.assert_close(sum(after.values()), made.eval()(inputs).logits.detach(), **EXACT)
+    torch.testing.assert_close(sum(after.values()), model.eval()(inputs).logits.detach(), **EXACT)
 
 
 @pytest.mark.parametrize("kind", [eq.fusion.Concat, eq.fusion.Sum, eq.fusion.Unimodal, eq.fusion.MBT])
 def test_static_sums(kind):
-    made, inputs = build_model(kind(DIM)), batch()
-    parts = eq.fusion.modality_contributions(made, inputs)
-    output = made.eval()(inputs)
-    for name, part in made.contributions(output).items():
+    model, inputs = build_model(kind(DIM)), batch()
+    parts = eq.fusion.modality_contributions(model, inputs)
+    output = model.eval()(inputs)
+    for name, part in model.contributions(output).items():
         torch.testing.assert_close(parts[name], part.detach(), **EXACT)
     torch.testing.assert_close(sum(parts.values()), output.logits.detach(), **EXACT)
 
 
 def test_tokens_instead_of_a_batch():
-    made, inputs = build_joint(), batch()
-    from_tokens = eq.fusion.modality_contributions(made, made.encode(inputs))
-    for name, part in eq.fusion.modality_contributions(made, inputs).items():
+    model, inputs = build_joint(), batch()
+    from_tokens = eq.fusion.modality_contributions(model, model.encode(inputs))
+    for name, part in eq.fusion.modality_contributions(model, inputs).items():
         torch.testing.assert_close(from_tokens[name], part, **EXACT)
 
 
 @pytest.mark.parametrize("crash", [False, True])
 def test_model_state_is_restored(crash):
-    made, inputs = build_joint(dropout=0.5), batch()
-    made.train()
-    made.fusion.attention.eval()
+    model, inputs = build_joint(dropout=0.5), batch()
+    model.train()
+    model.fusion.attention.eval()
     if crash:
-        made.fusion.attention.out.register_forward_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("out of order")))
-    modes, random = [m.training for m in made.modules()], torch.get_rng_state()
+        model.fusion.attention.out.register_forward_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("out of order")))
+    modes, random = [m.training for m in model.modules()], torch.get_rng_state()
     if crash:
         with pytest.raises(RuntimeError, match="out of order"):
-            eq.fusion.modality_contributions(made, inputs)
+            eq.fusion.modality_contributions(model, inputs)
     else:
-        parts = eq.fusion.modality_contributions(made, inputs)
-        again = eq.fusion.modality_contributions(made, inputs)
+        parts = eq.fusion.modality_contributions(model, inputs)
+        again = eq.fusion.modality_contributions(model, inputs)
         assert all(torch.equal(parts[name], again[name]) for name in parts)
-    assert [m.training for m in made.modules()] == modes
+    assert [m.training for m in model.modules()] == modes
     assert torch.equal(torch.get_rng_state(), random)
-    assert not made.fusion.attention.core._forward_pre_hooks
-    assert all(p.grad is None for p in made.parameters())
+    assert not model.fusion.attention.core._forward_pre_hooks
+    assert all(p.grad is None for p in model.parameters())
 
 
 @pytest.mark.parametrize(
-    ("made", "message"),
+    ("model", "message"),
     [
         (lambda: build_joint(depth=2), r"got JointAttention of depth 2\. Norms and hidden layers mix"),
         (
@@ -122,13 +122,13 @@ def test_model_state_is_restored(crash):
         (lambda: build_model(eq.fusion.FiLM(DIM)), r"got FiLM\."),
     ],
 )
-def test_logits_that_are_not_a_sum_raise(made, message):
+def test_logits_that_are_not_a_sum_raise(model, message):
     with pytest.raises(ConfigError, match=message):
-        eq.fusion.modality_contributions(made(), batch())
+        eq.fusion.modality_contributions(model(), batch())
 
 
 def test_nonlinear_head_raises():
-    made = build_joint()
-    made.head = nn.Sequential(made.head, nn.Tanh())
+    model = build_joint()
+    model.head = nn.Sequential(model.head, nn.Tanh())
     with pytest.raises(ConfigError, match=r"got JointAttention with a head Sequential\. The head must be linear"):
-        eq.fusion.modality_contributions(made, batch())
+        eq.fusion.modality_contributions(model, batch())

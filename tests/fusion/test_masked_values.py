@@ -44,7 +44,7 @@ class TestFusions:
     @fusions
     @pytest.mark.parametrize("cls", [False, True])
     def test_tokens(self, kind, options, cls):
-        names, found = NAMES[:3], []
+        names, actual = NAMES[:3], []
         masks = padding_masks(names)
         fusion = build_fusion(FUSIONS[kind], names, **options)
         for fill in (0.0, *FILLS):
@@ -53,14 +53,14 @@ class TestFusions:
                 values = part.values.masked_fill(~masks[name][..., None], fill).requires_grad_()
                 tokens[name], leaves = Tokens(values, mask=masks[name], cls=cls), [*leaves, values]
             output = fusion(tokens)
-            found.append(outputs_and_gradients((output.features, output.share), [*leaves, *fusion.parameters()]))
-        for made in found[1:]:
-            assert_equal_and_finite(made, found[0])
+            actual.append(outputs_and_gradients((output.features, output.share), [*leaves, *fusion.parameters()]))
+        for result in actual[1:]:
+            assert_equal_and_finite(result, actual[0])
 
     @fusions
     def test_inputs_of_encoders(self, kind, options):
         """Also compares gradients of the encoder weights, since 0 times NaN is NaN."""
-        names, found = NAMES[:3], []
+        names, actual = NAMES[:3], []
         masks = padding_masks(names)
         torch.manual_seed(0)
         encoders = {name: nn.Sequential(nn.Linear(FEATURES[name], DIM), nn.GELU(), nn.LayerNorm(DIM)) for name in names}
@@ -76,11 +76,11 @@ class TestFusions:
             loss = model.loss(output.logits, torch.tensor([0, 1, 1])) + model.unimodal_loss(
                 output, torch.zeros(3).long()
             )
-            found.append(outputs_and_gradients((output.logits, output.share, loss), [*leaves, *model.parameters()]))
+            actual.append(outputs_and_gradients((output.logits, output.share, loss), [*leaves, *model.parameters()]))
             tokens = [output.tokens[name] for name in model.fusion.reads]
             assert not any(part.values[~part.mask].any() for part in tokens)
-        for made in found[1:]:
-            assert_equal_and_finite(made, found[0])
+        for result in actual[1:]:
+            assert_equal_and_finite(result, actual[0])
 
 
 class TestModel:
@@ -99,8 +99,8 @@ class TestModel:
     def test_boolean_and_0_1_masks_are_equivalent(self, dtype):
         model, batch = self.model(), self.batch()
         mask = torch.rand(BATCH, LENGTHS["audio"], generator=torch.Generator().manual_seed(1)) < 0.6
-        wanted = model({**batch, "mask": {"audio": mask}}).logits
-        assert torch.equal(model({**batch, "mask": {"audio": mask.to(dtype)}}).logits, wanted)
+        expected = model({**batch, "mask": {"audio": mask}}).logits
+        assert torch.equal(model({**batch, "mask": {"audio": mask.to(dtype)}}).logits, expected)
 
     @pytest.mark.parametrize(
         ("mask", "got"),
@@ -127,12 +127,12 @@ class TestModel:
     def test_masks_of_unused_modalities_are_ignored(self, mask):
         batch = self.batch()
         alone = self.model(("audio",))
-        wanted = alone({"audio": batch["audio"]}).logits
-        assert torch.equal(alone({**batch, "mask": {"image": mask}}).logits, wanted)
-        assert torch.equal(alone({"audio": batch["audio"], "mask": {"image": mask}}).logits, wanted)
+        expected = alone({"audio": batch["audio"]}).logits
+        assert torch.equal(alone({**batch, "mask": {"image": mask}}).logits, expected)
+        assert torch.equal(alone({"audio": batch["audio"], "mask": {"image": mask}}).logits, expected)
         both = self.model(fusion=eq.fusion.Unimodal(DIM, modality="audio"))
-        wanted = both(batch).logits
-        assert torch.equal(both({**batch, "mask": {"image": mask}}).logits, wanted)
+        expected = both(batch).logits
+        assert torch.equal(both({**batch, "mask": {"image": mask}}).logits, expected)
 
     def test_invalid_masks_of_used_modalities_raise(self):
         model, batch = self.model(), self.batch()
@@ -171,15 +171,15 @@ class TestModel:
             {"image": Encoder(), "audio": nn.Linear(3, DIM)}, eq.fusion.JointAttention(DIM), 2
         ).eval()
         shape = (BATCH, 4, 5) if isinstance(encoder, nn.LSTM) else (BATCH, 3, 4, 5)
-        present, found = torch.tensor([True, False, True]), []
+        present, result = torch.tensor([True, False, True]), []
         for value in (0.0, fill):
             image = torch.ones(shape)
             image[1] = value
             batch = {"image": image, "audio": torch.ones(BATCH, 2, 3), "mask": {"image": present}}
-            found.append(
+            result.append(
                 outputs_and_gradients((model(batch).logits,), [p for p in model.parameters() if p.requires_grad])
             )
-        assert_equal_and_finite(found[1], found[0])
+        assert_equal_and_finite(result[1], result[0])
 
     def test_channels_are_not_treated_as_tokens(self):
         """The number of tokens equals the number of channels: a mask of tokens must not be applied to the image."""
@@ -201,10 +201,10 @@ class TestModel:
                 return super().forward(input).mean(dim=1)
 
         mask = torch.tensor([[True, False], [False, False], [True, True]])
-        for kind, wanted in ((Inner, mask), (Pooling, mask.any(dim=1, keepdim=True))):
+        for kind, expected in ((Inner, mask), (Pooling, mask.any(dim=1, keepdim=True))):
             model = eq.FusionModel({"image": kind(7, DIM)}, eq.fusion.Concat(DIM), 2)
             assert torch.equal(
-                model({"image": torch.ones(3, 2, 7), "mask": {"image": mask}}).tokens["image"].mask, wanted
+                model({"image": torch.ones(3, 2, 7), "mask": {"image": mask}}).tokens["image"].mask, expected
             )
 
 
@@ -230,21 +230,21 @@ class TestEncoders:
         torch.manual_seed(0)
         encoder = SequenceEncoder(3, max_length=7, dim=8, stride=2, depth=1, heads=2)
         frames, mask = torch.randn(2, 7, 3), torch.rand(2, 7, generator=torch.Generator().manual_seed(0)) < 0.5
-        found = []
+        result = []
         for value in (0.0, fill):
             tokens = encoder(frames.masked_fill(~mask[..., None], value), mask=mask)
-            found.append(
+            result.append(
                 outputs_and_gradients((tokens.pooled(), tokens.values[tokens.mask]), list(encoder.parameters()))
             )
-        assert_equal_and_finite(found[1], found[0])
+        assert_equal_and_finite(result[1], result[0])
 
     def test_text(self):
         encoder = TextEncoder(11, max_length=7, dim=8, depth=1, heads=2)
         words, mask = torch.randint(1, 11, (2, 5)), torch.tensor([[True] * 3 + [False] * 2, [True] * 4 + [False]])
-        wanted = encoder(words.masked_fill(~mask, 0))
-        assert wanted.values.shape[1] == 4
+        expected = encoder(words.masked_fill(~mask, 0))
+        assert expected.values.shape[1] == 4
         for value in (-100, 99):
-            assert torch.equal(encoder(words.masked_fill(~mask, value), mask).values, wanted.values)
+            assert torch.equal(encoder(words.masked_fill(~mask, value), mask).values, expected.values)
         with pytest.raises(ShapeError, match=r"TextEncoder mask: expected a boolean mask \(batch, word\) = \(2, 5\)"):
             encoder(words, mask.float())
 
@@ -254,10 +254,10 @@ class TestEncoders:
         config = transformers.BertConfig(vocab_size=11, pad_token_id=3, **size)
         encoder = Backbone(transformers.BertModel(config), dim=5).eval()
         ids, mask = torch.tensor([[1, 5, 2, 4], [1, 2, 9, 9]]), torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]])
-        wanted = encoder({"input_ids": ids.masked_fill(mask == 0, 3), "attention_mask": mask})
-        found = encoder({"input_ids": ids.masked_fill(mask == 0, -100), "attention_mask": mask.float()})
-        assert torch.equal(found.values, wanted.values)
-        assert torch.equal(encoder(ids.masked_fill(mask == 0, -1), mask.bool()).pooled(), wanted.pooled())
+        expected = encoder({"input_ids": ids.masked_fill(mask == 0, 3), "attention_mask": mask})
+        result = encoder({"input_ids": ids.masked_fill(mask == 0, -100), "attention_mask": mask.float()})
+        assert torch.equal(result.values, expected.values)
+        assert torch.equal(encoder(ids.masked_fill(mask == 0, -1), mask.bool()).pooled(), expected.pooled())
         with pytest.raises(ShapeError, match="attention_mask: expected a boolean or 0/1 mask, got numbers from"):
             encoder({"input_ids": ids, "attention_mask": (1.0 - mask.float()) * -1e4})
         vectors = torch.randn(2, 4, 8)

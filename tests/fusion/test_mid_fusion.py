@@ -45,15 +45,15 @@ def test_start_from_reuses_trained_blocks():
     encoder = eq.encoders.SequenceEncoder(3, max_length=5, dim=DIM, depth=3, heads=2).double().eval()
     fusion = MidFusion(DIM, depth=2, heads=2).build(("audio",)).double().eval()
     frames = torch.randn(2, 5, 3, dtype=torch.float64)
-    whole = encoder.transformer
-    fusion.start_from(whole)
-    for fused, trained in zip(fusion.blocks, whole.blocks[1:], strict=True):
+    full = encoder.transformer
+    fusion.start_from(full)
+    for fused, trained in zip(fusion.blocks, full.blocks[1:], strict=True):
         for name, value in trained.state_dict().items():
             assert torch.equal(fused.state_dict()[name], value)
     # Blocks 2 and 3 on the tokens after block 1, without the class token of the fusion, equal the original encoder.
     expected = encoder(frames).values[:, 0]
-    del whole.blocks[-2:]
-    whole.norm = torch.nn.Identity()
+    del full.blocks[-2:]
+    full.norm = torch.nn.Identity()
     values = encoder(frames).values
     for block in fusion.blocks:
         values = block(values).output
@@ -107,11 +107,11 @@ def test_errors(call, message):
 
 def test_recipe_names():
     known = available_classes(package, eq.fusion.Fusion)
-    wanted = {
+    expected = {
         "mult": eq.fusion.MulT,
         "mbt": eq.fusion.MBT,
         "jmt": eq.fusion.JMT,
         "mmml": eq.fusion.MMML,
         "mid": eq.fusion.MidFusion,
     }
-    assert {name: known[name] for name in wanted} == wanted
+    assert {name: known[name] for name in expected} == expected

@@ -22,13 +22,13 @@ NAN = math.nan
 
 def tokens_with_times(names, *, masked=False, unknown=False):
     random = torch.Generator().manual_seed(1)
-    made = {}
+    result = {}
     for name, part in random_tokens(names, masked=masked).items():
         times = 3 * torch.rand(BATCH, LENGTHS[name], generator=random, dtype=torch.float64)
         if unknown:
             times[0, 0] = NAN
-        made[name] = replace(part, times=times)
-    return made
+        result[name] = replace(part, times=times)
+    return result
 
 
 def loop_block(state, prefix, rows, heads, scores):
@@ -129,8 +129,8 @@ def test_times_of_padding_and_missing_samples_have_no_influence(bad):
     tokens, fusion = tokens_with_times(NAMES[:2], masked=True), build_fusion(MidFusion, NAMES[:2], time_bias="gaussian")
     changed = {name: replace(p, times=p.times.masked_fill(~p.valid(), bad)) for name, p in tokens.items()}
     expected = fusion(tokens)
-    found = fusion(changed)
-    assert torch.equal(found.features, expected.features)
+    result = fusion(changed)
+    assert torch.equal(result.features, expected.features)
     fusion(changed).features.square().sum().backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in fusion.parameters())
     assert fusion.biases[0].lags.grad.any()
@@ -139,8 +139,8 @@ def test_times_of_padding_and_missing_samples_have_no_influence(bad):
 def test_modalities_missing_from_the_batch():
     tokens, fusion = tokens_with_times(NAMES[:2]), build_fusion(MidFusion, NAMES[:2], time_bias="gaussian")
     absent = replace(tokens["image"], mask=torch.zeros(BATCH, LENGTHS["image"], dtype=torch.bool))
-    found = fusion(keep_modalities(tokens, ["audio"])).features
-    torch.testing.assert_close(found, fusion(tokens | {"image": absent}).features, **EXACT)
+    result = fusion(keep_modalities(tokens, ["audio"])).features
+    torch.testing.assert_close(result, fusion(tokens | {"image": absent}).features, **EXACT)
     assert fusion(keep_modalities(tokens, [])).features.isfinite().all()
 
 
@@ -150,8 +150,8 @@ def test_gradients():
     inputs = [part.values[:1].clone().requires_grad_() for part in tokens.values()]
 
     def features(*values):
-        made = {name: Tokens(v, times=part.times[:1]) for v, (name, part) in zip(values, tokens.items(), strict=True)}
-        return fusion(made).features
+        result = {name: Tokens(v, times=part.times[:1]) for v, (name, part) in zip(values, tokens.items(), strict=True)}
+        return fusion(result).features
 
     assert gradcheck(features, inputs)
 
@@ -160,9 +160,9 @@ def test_gradients():
 def test_half_precision(dtype):
     fusion, tokens = build_fusion(MidFusion, NAMES[:2], time_bias="gaussian"), tokens_with_times(NAMES[:2], masked=True)
     low = {name: replace(part, values=part.values.to(dtype)) for name, part in tokens.items()}
-    expected, found = fusion(tokens).features, fusion.to(dtype)(low).features
-    assert found.dtype == dtype
-    assert (found.double() - expected).norm() / expected.norm() < 0.05
+    expected, result = fusion(tokens).features, fusion.to(dtype)(low).features
+    assert result.dtype == dtype
+    assert (result.double() - expected).norm() / expected.norm() < 0.05
 
 
 def build_model(**options):
@@ -185,23 +185,23 @@ def random_batch():
 
 
 def test_model_passes_times_to_encoders_and_tokens():
-    made, given = build_model().eval(), random_batch()
-    tokens = made.encode(given)
+    model, given = build_model().eval(), random_batch()
+    tokens = model.encode(given)
     assert torch.equal(tokens["audio"].times[:, 1:], given["times"]["audio"])
     assert torch.equal(tokens["image"].times, given["times"]["image"])
     late = {**given, "times": {**given["times"], "image": given["times"]["image"] + 0.5}}
-    assert not torch.allclose(made(late).logits, made(given).logits)
+    assert not torch.allclose(model(late).logits, model(given).logits)
 
 
 def test_watch_records_attention_that_depends_on_times():
-    made, given = build_model().eval(), random_batch()
+    model, given = build_model().eval(), random_batch()
     with torch.no_grad():
-        made.fusion.biases[0].log_widths.fill_(-3.0)
+        model.fusion.biases[0].log_widths.fill_(-3.0)
     late = {**given, "times": {**given["times"], "image": given["times"]["image"] + 100}}
     shares = []
     for each in (given, late):
-        with eq.watch(made) as seen, torch.no_grad():
-            made(each)
+        with eq.watch(model) as seen, torch.no_grad():
+            model(each)
         layers = [layer for layer in seen.layers if "blocks.0" in layer and "fusion" in layer]
         assert len(layers) == 1
         assert any("blocks.1" in layer and "fusion" in layer for layer in seen.layers)
@@ -210,16 +210,16 @@ def test_watch_records_attention_that_depends_on_times():
 
 
 def test_rollingq_rotates_the_last_block_and_keeps_the_bias():
-    made, given = build_model(), random_batch()
-    balancer = eq.balance.RollingQ(made.fusion.attention, beta=0.0)
-    made.train()
-    made(given)
-    before = made.eval()(given)
+    model, given = build_model(), random_batch()
+    balancer = eq.balance.RollingQ(model.fusion.attention, beta=0.0)
+    model.train()
+    model(given)
+    before = model.eval()(given)
     balancer.end_epoch()
-    after = made(given)
+    after = model(given)
     assert not torch.allclose(after.share, before.share)
     late = {**given, "times": {**given["times"], "image": given["times"]["image"] + 0.5}}
-    assert not torch.allclose(made(late).logits, after.logits)
+    assert not torch.allclose(model(late).logits, after.logits)
 
 
 def test_balancers_that_join_batches_keep_times():

@@ -48,11 +48,11 @@ def expected_features(fusion, tokens):
         key = layer.aligner(key, value, modality=labels).key
         last = number + 1 == len(fusion.blocks)
         merge = "mass" if last else layer.merge
-        found = modular_attention(
+        result = modular_attention(
             query, key, value, modality=labels, merge=merge, gate=layer.gate if merge == "gate" else None
         ).output
-        found = found @ layer.join if merge == "concat" else found
-        values = values + layer.out(found.transpose(1, 2).flatten(2))
+        result = result @ layer.join if merge == "concat" else result
+        values = values + layer.out(result.transpose(1, 2).flatten(2))
         values = values + block.mlp(block.norm_mlp(values))
     return fusion.norm(values[:, 0])
 
@@ -98,8 +98,8 @@ def test_pseudo_attention_of_hidden_keys():
     tokens = random_tokens(NAMES[:2], masked=True)
     plain, soaked = (build_fusion(MODA, NAMES[:2], pseudo=pseudo) for pseudo in ("none", "all_masked"))
     assert not torch.allclose(plain(tokens).features, soaked(tokens).features)
-    whole = random_tokens(NAMES[:2])
-    torch.testing.assert_close(plain(whole).features, soaked(whole).features, **EXACT)
+    full = random_tokens(NAMES[:2])
+    torch.testing.assert_close(plain(full).features, soaked(full).features, **EXACT)
 
 
 def test_directions_by_name():

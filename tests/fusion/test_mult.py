@@ -172,11 +172,11 @@ def test_rollingq_without_readout_raises(kind):
 
 @pytest.mark.parametrize("name", ["mult", "mmml"])
 def test_recipes(name):
-    made = recipe()
+    config = recipe()
     variant = {"fusion": name, "readout": "attention"}
-    made = type(made)(**{**vars(made), "fusions": {**made.fusions, f"{name}_readout": variant}})
+    config = type(config)(**{**vars(config), "fusions": {**config.fusions, f"{name}_readout": variant}})
     model, balancers = method_factory.build_model(
-        method_factory.parse_method(f"{name}_readout+rollingq", made), made, load_run_dataset(made, None)
+        method_factory.parse_method(f"{name}_readout+rollingq", config), config, load_run_dataset(config, None)
     )
     assert isinstance(balancers[0], eq.balance.RollingQ)
     assert model.fusion.attention.names == ("audio", "image")
@@ -185,7 +185,7 @@ def test_recipes(name):
         match=rf"expected a fusion whose attention sees two or more modalities, got {name}\. Set readout: attention",
     ):
         method_factory.build_model(
-            method_factory.parse_method(f"{name}+rollingq", made), made, load_run_dataset(made, None)
+            method_factory.parse_method(f"{name}+rollingq", config), config, load_run_dataset(config, None)
         )
 
 

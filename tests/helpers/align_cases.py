@@ -124,8 +124,8 @@ def timed(**options):
 
     def call(module, values, times):
         tokens = Tokens(values, mask=KEEP, times=times)
-        made = module(normal_query(values, times), tokens, *names)
-        return [made.output, made.share]
+        result = module(normal_query(values, times), tokens, *names)
+        return [result.output, result.share]
 
     def normal_query(values, times):
         shape = (BATCH, 2, 8)
@@ -143,8 +143,8 @@ def timed(**options):
 
 def timed_itself(module, values, times):
     tokens = Tokens(values, mask=KEEP, modality=LABELS.expand(BATCH, -1), names=("sound", "image"), times=times)
-    made = module(tokens)
-    return [made.output.masked_fill(~KEEP[..., None], 0.0), made.share.masked_fill(~KEEP[:, None, :, None], 0.0)]
+    result = module(tokens)
+    return [result.output.masked_fill(~KEEP[..., None], 0.0), result.share.masked_fill(~KEEP[:, None, :, None], 0.0)]
 
 
 PRESENT = {"a": torch.tensor([True, False, True, True, True]), "b": torch.tensor([True, True, True, False, True])}

@@ -109,9 +109,9 @@ def step(loss, balancing, optimizer, *batches):
     for _ in range(balancing.steps_per_batch):
         optimizer.zero_grad()
         for inputs in batches:
-            found = loss(inputs)
-            assert bool(found.isfinite()), "a loss that is NaN or infinite"
-            (found * len(inputs["target"]) / total).backward()
+            result = loss(inputs)
+            assert bool(result.isfinite()), "a loss that is NaN or infinite"
+            (result * len(inputs["target"]) / total).backward()
         balancing.before_step()
         optimizer.step()
 
@@ -132,7 +132,7 @@ def train(model, balancing, optimizer, epochs, *, task="classification", first=0
     """Trains for several epochs of small batches that depend only on the epoch number."""
     logs = []
     for number in range(first, first + epochs):
-        batches = [batch_for(task, model.names, seed=10 * number + place, **options) for place in range(STEPS)]
+        batches = [batch_for(task, model.names, seed=10 * number + index, **options) for index in range(STEPS)]
         val = [batch_for(task, model.names, seed=500, **options)]
         logs.append(epoch(model, balancing, optimizer, batches, val))
     return logs

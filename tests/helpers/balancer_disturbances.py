@@ -182,11 +182,11 @@ class CheckpointReentrant(Loop):
         passes = []
 
         def tensors(_):
-            found = self.model(inputs)
-            passes.append(found)
-            parts = [found.features, found.logits, *found.unimodal_logits.values()]
-            parts += [part.values for part in found.tokens.values()]
-            return tuple(parts if found.share is None else [*parts, found.share])
+            result = self.model(inputs)
+            passes.append(result)
+            parts = [result.features, result.logits, *result.unimodal_logits.values()]
+            parts += [part.values for part in result.tokens.values()]
+            return tuple(parts if result.share is None else [*parts, result.share])
 
         features, logits, *rest = checkpoint(tensors, torch.zeros((), requires_grad=True), use_reentrant=True)
         first, rest = passes[0], iter(rest)
@@ -228,9 +228,9 @@ class CheckpointFusion(Loop):
             names, layout = list(tokens), []
 
             def tensors(*values):
-                found = inside({n: replace(tokens[n], values=v) for n, v in zip(names, values, strict=True)})
-                layout.append(found)
-                return (found.features, *(() if found.share is None else (found.share,)))
+                result = inside({n: replace(tokens[n], values=v) for n, v in zip(names, values, strict=True)})
+                layout.append(result)
+                return (result.features, *(() if result.share is None else (result.share,)))
 
             values = [tokens[name].values for name in names]
             features, *share = checkpoint(tensors, *values, use_reentrant=self.reentrant)
@@ -384,12 +384,12 @@ def outcome(name, disturbance):
     kind = DISTURBANCES[disturbance]
     expected, logs = undisturbed(name, kind.clean)
     try:
-        found, said = kind(name).run()
+        result, message = kind(name).run()
     except EquipoiseError as error:
         return str(error)
-    for a, b in zip(found, expected, strict=True):
+    for a, b in zip(result, expected, strict=True):
         torch.testing.assert_close(a, b, **EXACT)
-    for log, again in zip(said, logs, strict=True):
+    for log, again in zip(message, logs, strict=True):
         for key in log:
             assert abs(log[key] - again[key]) <= 1e-6 * (1 + abs(log[key])), (key, log[key], again[key])
     return "equal"
@@ -402,9 +402,9 @@ def shared(name):
     encoders = {"left": one, "right": one, "image": torch.nn.Linear(5, 12)}
     fusion = joint_attention(ATTENTION[name]) if name in ATTENTION else eq.fusion.Concat(12)
     model = eq.FusionModel(encoders, fusion, 3, unimodal="train" if BALANCERS[name].needs_heads else "probe").double()
-    whole = batch()
-    audio = whole.pop("audio")
-    inputs = {"left": audio, "right": audio.flip(0), **whole}
+    full = batch()
+    audio = full.pop("audio")
+    inputs = {"left": audio, "right": audio.flip(0), **full}
     kind, taken = BALANCERS[name], inspect.signature(BALANCERS[name]).parameters
     given = {"model": model, "fusion": model.fusion, "layer": getattr(model.fusion, "attention", None), "epochs": 4}
     try:

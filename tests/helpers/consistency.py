@@ -37,5 +37,5 @@ def planted_fusion(there=EYE, straight=EYE, on=EYE, *, names=NAMES, sharpness=40
 def concept_batch(names=NAMES, *, size=5, dtype=torch.float32):
     """Returns the tokens, equal in every sample."""
     all_ = torch.eye(len(names) * CONCEPTS, dtype=dtype)
-    made = {n: all_[i * CONCEPTS : (i + 1) * CONCEPTS].expand(size, -1, -1) for i, n in enumerate(names)}
-    return {**made, "target": torch.arange(size) % 2}
+    result = {n: all_[i * CONCEPTS : (i + 1) * CONCEPTS].expand(size, -1, -1) for i, n in enumerate(names)}
+    return {**result, "target": torch.arange(size) % 2}

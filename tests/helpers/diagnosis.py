@@ -36,7 +36,7 @@ def answered(model, *, sizes=(211, 97), seed=0, wrong=0.0):
     batches = []
     for size in sizes:
         batch = {
-            name: torch.randn(size, 5 + place, CLASSES, generator=random) for place, name in enumerate(model.names)
+            name: torch.randn(size, 5 + index, CLASSES, generator=random) for index, name in enumerate(model.names)
         }
         with torch.no_grad():
             target = model(batch).logits.argmax(dim=1)

@@ -16,36 +16,36 @@ def joint_model(names=("audio", "image"), *, heads=2, depth=1, dtype=torch.float
     torch.manual_seed(seed)
     encoders = {name: nn.Linear(FEATURES[name], DIM) for name in names}
     options = {"dropout": 0.0, **options}
-    made = eq.FusionModel(encoders, eq.fusion.JointAttention(DIM, heads=heads, depth=depth, **options), OUTPUTS)
+    model = eq.FusionModel(encoders, eq.fusion.JointAttention(DIM, heads=heads, depth=depth, **options), OUTPUTS)
     with torch.no_grad():
-        made.fusion.cls.normal_()
+        model.fusion.cls.normal_()
         for encoder in encoders.values():
             encoder.bias.normal_()
-    return made.to(dtype)
+    return model.to(dtype)
 
 
 def batch(names=("audio", "image"), *, size=5, seed=0, dtype=torch.float64, missing=()):
     """Returns inputs and targets; each of ``missing`` is absent in some samples, which have another modality."""
     random = torch.Generator().manual_seed(seed)
-    made = {
+    result = {
         name: torch.randn(size, LENGTHS[name], FEATURES[name], generator=random, dtype=torch.float64).to(dtype)
         for name in names
     }
-    made["target"] = torch.randint(OUTPUTS, (size,), generator=random)
+    result["target"] = torch.randint(OUTPUTS, (size,), generator=random)
     if missing:
         gone = torch.arange(size) % 3
-        made["mask"] = {name: gone != place for place, name in enumerate(missing)}
-    return made
+        result["mask"] = {name: gone != index for index, name in enumerate(missing)}
+    return result
 
 
-def split_batch(whole, *sizes):
+def split_batch(full, *sizes):
     """Splits a batch into smaller ones."""
     start, parts = 0, []
     for size in sizes:
         here = slice(start, start + size)
-        part = {name: value[here] for name, value in whole.items() if name != "mask"}
-        if "mask" in whole:
-            part["mask"] = {name: value[here] for name, value in whole["mask"].items()}
+        part = {name: value[here] for name, value in full.items() if name != "mask"}
+        if "mask" in full:
+            part["mask"] = {name: value[here] for name, value in full["mask"].items()}
         parts.append(part)
         start += size
     return parts
@@ -53,7 +53,7 @@ def split_batch(whole, *sizes):
 
 def oracle_samples(model, batches, rotation=None):
     """Returns the inputs of the oracle: query rows, keys, labels, valid keys and rows of each sample."""
-    layer, found = model.fusion.attention, []
+    layer, result = model.fusion.attention, []
     heads = (layer.heads, layer.head_dim)
     with torch.no_grad():
         for inputs in batches:
@@ -65,8 +65,8 @@ def oracle_samples(model, batches, rotation=None):
             rows = torch.ones(query.shape[0], 1, dtype=torch.bool)
             labels = eq.pack({n: t.values for n, t in model.encode(inputs).items()}, cls=model.fusion.cls).modality
             parts = (query, key, labels, packed.valid(), rows)
-            found += zip(*(part.numpy() for part in parts), strict=True)
-    return found
+            result += zip(*(part.numpy() for part in parts), strict=True)
+    return result
 
 
 def run_forward(model, batches):

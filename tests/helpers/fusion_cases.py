@@ -23,12 +23,12 @@ FUSIONS = {
 
 def random_tokens(names, *, seed=0, dtype=torch.float64, masked=False, cls=False):
     random = torch.Generator().manual_seed(seed)
-    made = {}
+    result = {}
     for name in names:
         values = torch.randn(BATCH, LENGTHS[name], DIM, generator=random, dtype=torch.float64)
         mask = torch.rand(BATCH, LENGTHS[name], generator=random) < 0.7 if masked else None
-        made[name] = Tokens(values.to(dtype), mask=mask, cls=cls)
-    return made
+        result[name] = Tokens(values.to(dtype), mask=mask, cls=cls)
+    return result
 
 
 def build_fusion(kind, names, *, dtype=torch.float64, **options):

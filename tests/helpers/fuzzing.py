@@ -42,8 +42,8 @@ class Damage:
     """Ways to damage a file; each takes the random generator and the path."""
 
     def truncate(self, rng, path):
-        whole = path.read_bytes()
-        path.write_bytes(whole[: rng.randrange(len(whole) + 1)])
+        full = path.read_bytes()
+        path.write_bytes(full[: rng.randrange(len(full) + 1)])
 
     def empty(self, rng, path):
         path.write_bytes(b"")
@@ -98,21 +98,21 @@ def nodes(content, where=()):
 
 def changed(rng, content):
     """Returns the content with one part replaced, removed, renamed or added."""
-    place = rng.choice(list(nodes(content)))
-    if not place:
+    index = rng.choice(list(nodes(content)))
+    if not index:
         return rng.choice(WRONG)
     parent = content
-    for key in place[:-1]:
+    for key in index[:-1]:
         parent = parent[key]
     way = rng.choice(("replace", "replace", "replace", "remove", "rename", "add"))
     if way == "remove":
-        del parent[place[-1]]
+        del parent[index[-1]]
     elif way == "rename" and isinstance(parent, dict):
-        parent[rng.choice(("x", "", "class_path", "../x", "__class__", 3))] = parent.pop(place[-1])
+        parent[rng.choice(("x", "", "class_path", "../x", "__class__", 3))] = parent.pop(index[-1])
     elif way == "add" and isinstance(parent, dict):
         parent[rng.choice(("x", "class_path", "name", "init_args"))] = rng.choice(WRONG)
     else:
-        parent[place[-1]] = rng.choice(WRONG)
+        parent[index[-1]] = rng.choice(WRONG)
     return content
 
 
@@ -193,7 +193,7 @@ def suppress_output():
 
 def outcome(action):
     """Returns "ok", "told", "usage", or the unexpected error and its location."""
-    with suppress_output() as (said, errors):
+    with suppress_output() as (message, errors):
         try:
             status = action()
         except OSError as error:
@@ -205,18 +205,22 @@ def outcome(action):
             status = left.code
         except (Exception, KeyboardInterrupt) as error:
             ours = [frame for frame in traceback.extract_tb(error.__traceback__) if "/equipoise/" in frame.filename]
-            place = f"{Path(ours[-1].filename).name}:{ours[-1].name}" if ours else "outside"
-            return f"{type(error).__name__} in {place}"
-    told = errors.getvalue().strip()
-    if "Traceback" in told + said.getvalue():
+            index = f"{Path(ours[-1].filename).name}:{ours[-1].name}" if ours else "outside"
+            return f"{type(error).__name__} in {index}"
+    messages = errors.getvalue().strip()
+    if "Traceback" in messages + message.getvalue():
         return "a traceback is printed"
     if status in (None, 0):
         return "ok"
     if status == 2:
-        return "usage" if "error:" in told else "status 2 without a word"
+        return "usage" if "error:" in messages else "status 2 without a word"
     if status != 1:
         return f"status {status}"
-    return "told" if told.startswith("equipoise: ") and len(told.splitlines()) <= 3 else "status 1 without a sentence"
+    return (
+        "told"
+        if messages.startswith("equipoise: ") and len(messages.splitlines()) <= 3
+        else "status 1 without a sentence"
+    )
 
 
 def damaged(world, seed):
@@ -243,8 +247,8 @@ def a_recipe(world, here, damage):
     damage(path)
 
     def act():
-        made = recipes.load_recipe(path)
-        _check(plan_runs(made, made.methods, made.seeds, made.folds), "cpu")
+        config = recipes.load_recipe(path)
+        _check(plan_runs(config, config.methods, config.seeds, config.folds), "cpu")
 
     return act
 
@@ -408,16 +412,16 @@ def main(count, first=0):
     with tempfile.TemporaryDirectory() as folder:
         world = World(Path(folder))
         for work in (damaged, random_command):
-            found = Counter()
+            result = Counter()
             kinds = {}
             for seed in range(first, first + count):
-                subject, way, said = work(world, seed)
-                found[said if said in RESULTS else "wrong"] += 1
-                if said not in RESULTS:
-                    kinds.setdefault(said, []).append((seed, subject, way))
-            sys.stdout.write(f"{work.__name__}: {dict(found)}\n")
-            for said, cases in sorted(kinds.items(), key=lambda item: -len(item[1])):
-                sys.stdout.write(f"  {len(cases):3d} {said}: {cases[:2]!a}\n")
+                subject, way, message = work(world, seed)
+                result[message if message in RESULTS else "wrong"] += 1
+                if message not in RESULTS:
+                    kinds.setdefault(message, []).append((seed, subject, way))
+            sys.stdout.write(f"{work.__name__}: {dict(result)}\n")
+            for message, cases in sorted(kinds.items(), key=lambda item: -len(item[1])):
+                sys.stdout.write(f"  {len(cases):3d} {message}: {cases[:2]!a}\n")
                 sys.stdout.flush()
 
 

@@ -32,7 +32,7 @@ def write_images(folder, count, *, gray=False, name="frame_{:05d}.jpg", seed=0):
 def make_cremad(root):
     """Ten actors, each with two emotions: 20 clips, of which the last two of the list are for the test."""
     stems = [
-        f"{actor}_DFA_{EMOTIONS[(place + k) % 6]}_XX" for place, actor in enumerate(ACTORS) for k in range(2)
+        f"{actor}_DFA_{EMOTIONS[(index + k) % 6]}_XX" for index, actor in enumerate(ACTORS) for k in range(2)
     ]  # fmt: skip
     for seed, stem in enumerate(stems):
         write_wav(root / "AudioWAV" / f"{stem}.wav", seed=seed)

@@ -29,7 +29,7 @@ BALANCERS = {"rollingq": ROLLING, "progressive": {"balancer": "progressive_rolli
 
 def recipe(*, balancers=None, **train):
     """Returns a recipe with encoders of width 8, a batch size of 250 and the given training options."""
-    made = recipes.Recipe(
+    config = recipes.Recipe(
         data={"name": "digits"},
         encoders=ENCODERS,
         methods=["concat", "joint"],
@@ -38,12 +38,12 @@ def recipe(*, balancers=None, **train):
         balancers={**BALANCERS, **(balancers or {})},
         noise_modality="audio",
     )
-    return made.with_train(**{"epochs": 3, "batch_size": 250, **train})
+    return config.with_train(**{"epochs": 3, "batch_size": 250, **train})
 
 
-def write_recipe(path, made=None, **changes):
+def write_recipe(path, model=None, **changes):
     """Writes a recipe and returns its path."""
-    path.write_text(recipes.dump_recipe(replace(made or recipe(), **changes)), encoding="utf-8")
+    path.write_text(recipes.dump_recipe(replace(model or recipe(), **changes)), encoding="utf-8")
     return str(path)
 
 
@@ -154,11 +154,11 @@ def children(pid):
         state, parent = rest.rpartition(")")[2].split()[:2]
         if state != "Z":
             parents[int(number)] = int(parent)
-    found, layer = set(), {pid}
+    result, layer = set(), {pid}
     while layer:
-        layer = {child for child, parent in parents.items() if parent in layer} - found
-        found |= layer
-    return found
+        layer = {child for child, parent in parents.items() if parent in layer} - result
+        result |= layer
+    return result
 
 
 def workers_of(pid):
@@ -182,7 +182,7 @@ class RandomData(Dataset):
         splits = []
         for size in sizes:
             inputs = {
-                name: torch.randn(size, 5 + place, 3 + 2 * place, generator=random) for place, name in enumerate(names)
+                name: torch.randn(size, 5 + index, 3 + 2 * index, generator=random) for index, name in enumerate(names)
             }
             scores = torch.randn(size, outputs, generator=random)
             target = scores.argmax(dim=1) if task == "classification" else scores

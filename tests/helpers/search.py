@@ -22,11 +22,11 @@ def recipe():
     return recipes.recipe_from_dict({**content, "encoders": SMALL, "model": {"name": "dual_encoder", "dim": 6}})
 
 
-def build_dual_encoder(made=None):
+def build_dual_encoder(net=None):
     """Returns an untrained dual encoder; its search results are arbitrary."""
     torch.manual_seed(0)
     model, _ = method_factory.build_model(
-        method_factory.parse_method("info_nce", recipe()), recipe(), made or load_dataset("emoji")
+        method_factory.parse_method("info_nce", recipe()), recipe(), net or load_dataset("emoji")
     )
     return model.eval()
 

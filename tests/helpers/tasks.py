@@ -12,12 +12,12 @@ TASKS = ("classification", "multilabel", "regression")
 
 def batch_for(task, *args, **options):
     """Returns a batch as ``fusion.batch``, with a target of the task."""
-    made = batch(*args, **options)
+    result = batch(*args, **options)
     random = torch.Generator().manual_seed(options.get("seed", 0) + 1000)
-    scores = torch.randn(len(made["target"]), OUTPUTS, generator=random, dtype=torch.float64)
+    scores = torch.randn(len(result["target"]), OUTPUTS, generator=random, dtype=torch.float64)
     if task != "classification":
-        made["target"] = (scores > 0).double() if task == "multilabel" else scores
-    return made
+        result["target"] = (scores > 0).double() if task == "multilabel" else scores
+    return result
 
 
 def additive_model(names=("audio", "image"), **options):
@@ -30,24 +30,24 @@ def to_lists(tensor):
     return tensor.detach().tolist()
 
 
-def loss_of(balancing, made, inputs):
+def loss_of(balancing, model, inputs):
     """Returns the loss of one batch in training mode as a float."""
-    return float(balancing.loss(made.train()(inputs), inputs["target"]).detach())
+    return float(balancing.loss(model.train()(inputs), inputs["target"]).detach())
 
 
-def penalty_of(balancer, made, inputs):
+def penalty_of(balancer, model, inputs):
     """Returns the penalty of a balancer for one batch in training mode after a step, detached; or None."""
-    output = made.train()(inputs)
+    output = model.train()(inputs)
     balancer.observe(output, inputs["target"])
     penalty = balancer.penalty(output, inputs["target"])
     balancer.before_step()
     return None if penalty is None else penalty.detach()
 
 
-def assert_like_single_precision(balancer, made, inputs):
+def assert_like_single_precision(balancer, model, inputs):
     """Asserts that the penalty of a balancer under autocast equals that in float32."""
-    exact = penalty_of(balancer, made, inputs)
+    exact = penalty_of(balancer, model, inputs)
     with torch.autocast("cpu", torch.bfloat16):
-        found = penalty_of(balancer, made, inputs)
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found, exact, **TOL[torch.bfloat16])
+        result = penalty_of(balancer, model, inputs)
+    assert result.dtype == torch.float32
+    torch.testing.assert_close(result, exact, **TOL[torch.bfloat16])

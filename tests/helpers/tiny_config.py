@@ -86,8 +86,8 @@ def build(kind: str, cls: str | None = None, options: dict[str, Any] | None = No
         for word in parts:
             part = getattr(part, word)
         setattr(part, last, value)
-    found = getattr(hf, cls or "AutoModelForImageTextToText")
-    model = found.from_config(config) if found.__name__.startswith("Auto") else found(config)
+    result = getattr(hf, cls or "AutoModelForImageTextToText")
+    model = result.from_config(config) if result.__name__.startswith("Auto") else result(config)
     return sharpened(model.float()).eval()
 
 

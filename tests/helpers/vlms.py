@@ -18,11 +18,11 @@ IMAGE, VIDEO, AUDIO = 90, 91, 92
 def random_ids(places, length=13, batch=2, token=IMAGE, seed=0):
     """Returns random ids with placeholders at ``places``, the second sample left-padded by two, and the mask."""
     random = torch.Generator().manual_seed(seed)
-    found = torch.randint(3, 80, (batch, length), generator=random)
-    found[:, 4 : 4 + places] = token
-    mask = torch.ones_like(found)
-    found[1, :2], mask[1, :2] = 0, 0
-    return {"input_ids": found, "attention_mask": mask}
+    result = torch.randint(3, 80, (batch, length), generator=random)
+    result[:, 4 : 4 + places] = token
+    mask = torch.ones_like(result)
+    result[1, :2], mask[1, :2] = 0, 0
+    return {"input_ids": result, "attention_mask": mask}
 
 
 def random_images(*shape, seed=1):
@@ -82,7 +82,7 @@ def qwen2_vl(kind="Qwen2_5_VL"):
         "fullatt_block_indexes": [1], "in_channels": 3, "in_chans": 3, "mlp_ratio": 2,
     }  # fmt: skip
     vision = {**vision, "hidden_size": 16}
-    made = getattr(hf, f"{kind}Config")(
+    result = getattr(hf, f"{kind}Config")(
         text_config=text, vision_config=vision, image_token_id=IMAGE, video_token_id=VIDEO, vision_start_token_id=95,
         vision_end_token_id=96,
     )  # fmt: skip
@@ -91,7 +91,7 @@ def qwen2_vl(kind="Qwen2_5_VL"):
     types = (inputs["input_ids"] == IMAGE).long()
     grid = torch.tensor([[1, 4, 4]] * 2)
     inputs |= {"pixel_values": random_images(32, 96), "image_grid_thw": grid, "mm_token_type_ids": types}
-    return getattr(hf, f"{kind}ForConditionalGeneration")(made), inputs
+    return getattr(hf, f"{kind}ForConditionalGeneration")(result), inputs
 
 
 def smolvlm():

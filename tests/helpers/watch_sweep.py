@@ -98,9 +98,9 @@ def _compare(family: Family, inputs: dict, seen: Any, written: dict[str, list[Te
             outcome.wrong.append(
                 f"{site}: shares {format_share(seen, share)}, expected {format_share(seen, expected)} ({spec})"
             )
-    told = {site.partition("#")[0] for site in (*everything, *seen.missing)}
+    messages = {site.partition("#")[0] for site in (*everything, *seen.missing)}
     for name in written:
-        if re.search("att", type_path(name), re.IGNORECASE) and not any(related(name, other) for other in told):
+        if re.search("att", type_path(name), re.IGNORECASE) and not any(related(name, other) for other in messages):
             outcome.wrong.append(f"{name}: ran, and is neither in the table nor in missing")
 
 
@@ -138,7 +138,7 @@ def labels_of(spec: Any, inputs: dict, keys: int, *, grown: bool = False) -> lis
     """Returns the modality of every key of every sample; None for keys without one."""
     if callable(spec):
         return [spec(inputs, keys)] * 64
-    found = []
+    result = []
     for number, row in enumerate(inputs["input_ids"].tolist()):
         names = [PLACES.get(token, "text") for token in row]
         if (places := inputs.get("image_embeds_position_mask")) is not None:
@@ -147,8 +147,8 @@ def labels_of(spec: Any, inputs: dict, keys: int, *, grown: bool = False) -> lis
         names = names[-keys:] if grown else names
         if len(names) != keys:
             raise ValueError(f"{keys} keys, and {len(names)} ids")
-        found.append(names)
-    return found
+        result.append(names)
+    return result
 
 
 def rows_of(inputs: dict, matrix: Tensor) -> Tensor:
@@ -170,13 +170,13 @@ def rows_of(inputs: dict, matrix: Tensor) -> Tensor:
 
 def expected_share(matrix: Tensor, labels: list, rows: Tensor, names: tuple[str, ...]) -> Tensor:
     """Computes the definition in loops over samples and modalities."""
-    found = torch.zeros(*matrix.shape[:2], len(names), dtype=torch.float64)
+    result = torch.zeros(*matrix.shape[:2], len(names), dtype=torch.float64)
     for sample, attention in enumerate(matrix):
         mean = attention[:, rows[sample]].double().mean(dim=1)
         for number, name in enumerate(names):
             columns = torch.tensor([known == name for known in labels[sample]])
-            found[sample, :, number] = mean[:, columns].sum(dim=-1)
-    return found.float()
+            result[sample, :, number] = mean[:, columns].sum(dim=-1)
+    return result.float()
 
 
 def outputs_equal(one: Tensor, other: Tensor, inputs: dict) -> bool:

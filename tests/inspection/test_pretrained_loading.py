@@ -21,19 +21,19 @@ from helpers.vlms import family
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory):
     """A folder with a complete LLaVA and an image."""
-    place = saved_llava(tmp_path_factory.mktemp("llava"))
-    wide_image().save(place / "cat.png")
-    return place
+    index = saved_llava(tmp_path_factory.mktemp("llava"))
+    wide_image().save(index / "cat.png")
+    return index
 
 
 @pytest.fixture(scope="module")
 def bare_folder(model_folder, tmp_path_factory):
     """A folder like ``folder``, without weights."""
-    place = tmp_path_factory.mktemp("bare")
+    index = tmp_path_factory.mktemp("bare")
     for path in model_folder.iterdir():
         if path.suffix not in (".safetensors", ".png"):
-            shutil.copy(path, place)
-    return place
+            shutil.copy(path, index)
+    return index
 
 
 def flat_weights(model):
@@ -41,18 +41,18 @@ def flat_weights(model):
 
 
 def test_loading_restores_the_saved_folder(model_folder):
-    model, made = load_pretrained(model_folder, device="cpu")
+    model, result = load_pretrained(model_folder, device="cpu")
     assert type(model) is hf.LlavaForConditionalGeneration
     assert torch.equal(flat_weights(model), flat_weights(build_llava()))
     assert not model.training
-    assert made(images=wide_image(), text="<image>", return_tensors="pt")["input_ids"].shape == (1, 9)
+    assert result(images=wide_image(), text="<image>", return_tensors="pt")["input_ids"].shape == (1, 9)
 
 
 def test_random_weights_need_only_a_configuration_and_are_deterministic(model_folder, bare_folder):
     torch.manual_seed(5)
     before = torch.get_rng_state()
     first, second, third = (
-        load_pretrained(place, random=True).model for place in (bare_folder, bare_folder, model_folder)
+        load_pretrained(index, random=True).model for index in (bare_folder, bare_folder, model_folder)
     )
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(flat_weights(first), flat_weights(second))
@@ -70,10 +70,10 @@ def test_folder_with_only_a_configuration(name, tmp_path, capsys):
     config.save_pretrained(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
     loaded = load_pretrained(tmp_path, random=True)
-    found = look(*loaded, image=wide_image(), text="what?", answer="cat")
-    kinds = [token.modality for token in found.tokens]
+    result = look(*loaded, image=wide_image(), text="what?", answer="cat")
+    kinds = [token.modality for token in result.tokens]
     assert kinds == [*["image"] * 4, *["text"] * 8]
-    assert "".join(token.text for token in found.tokens[4:]) == "what?cat"
+    assert "".join(token.text for token in result.tokens[4:]) == "what?cat"
     with pytest.raises(DataError, match="a configuration without weights needs random=True, or --random"):
         load_pretrained(tmp_path)
     wide_image().save(tmp_path / "cat.png")
@@ -99,18 +99,18 @@ def test_missing_processor_raises(name, words, got, tmp_path):
 
 
 def test_dtype_option(model_folder):
-    model, made = load_pretrained(model_folder, dtype="bfloat16")
+    model, result = load_pretrained(model_folder, dtype="bfloat16")
     assert model.dtype == torch.bfloat16
-    found = look(model, made, image=wide_image(), text=QUESTION, answer="cat")
-    assert found.views["answer"].share.dtype == torch.float32
+    actual = look(model, result, image=wide_image(), text=QUESTION, answer="cat")
+    assert actual.views["answer"].share.dtype == torch.float32
 
 
 def test_text_model_uses_a_tokenizer(tmp_path):
     build_llama().save_pretrained(tmp_path)
     tokenizer().save_pretrained(tmp_path)
-    model, made = load_pretrained(tmp_path)
+    model, result = load_pretrained(tmp_path)
     assert type(model) is hf.LlamaForCausalLM
-    assert look(model, made, text=QUESTION, answer="a cat").answer == "a cat"
+    assert look(model, result, text=QUESTION, answer="a cat").answer == "a cat"
 
 
 def test_processor_without_its_video_part(tmp_path):
@@ -125,10 +125,10 @@ def test_processor_without_its_video_part(tmp_path):
     (tmp_path / "chat_template.jinja").write_text(CHAT.replace("<image>", "<|image_pad|>"))
     loaded = load_pretrained(tmp_path)
     assert type(loaded.processor).__name__ == "Qwen2_5_VLProcessor"
-    found = look(*loaded, image=wide_image(32, 24), text="what", answer="cat")
-    assert found.prompt == "USER : <|image_pad|> what ASSISTANT :"
-    assert found.grid[:3] == (3, 4, True)
-    assert "image_grid_thw" in found.grid.why
+    result = look(*loaded, image=wide_image(32, 24), text="what", answer="cat")
+    assert result.prompt == "USER : <|image_pad|> what ASSISTANT :"
+    assert result.grid[:3] == (3, 4, True)
+    assert "image_grid_thw" in result.grid.why
 
 
 def qwen_tokenizer():
@@ -150,8 +150,8 @@ def test_unloadable_models_raise(tmp_path, model_folder, monkeypatch):
     with pytest.raises(DataError, match="pickled weights and code from the hub are not run"):
         load_pretrained(tmp_path / "pickled")
     shutil.copytree(model_folder, tmp_path / "torn")
-    whole = (tmp_path / "torn" / "model.safetensors").read_bytes()
-    (tmp_path / "torn" / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    full = (tmp_path / "torn" / "model.safetensors").read_bytes()
+    (tmp_path / "torn" / "model.safetensors").write_bytes(full[: len(full) // 2])
     with pytest.raises(DataError, match=r"expected a folder with config.json and model.safetensors"):
         load_pretrained(tmp_path / "torn")
     shutil.copytree(model_folder, tmp_path / "broader")
@@ -223,16 +223,16 @@ def test_command_writes_results_and_page(model_folder, tmp_path, capsys):
         tmp_path,
     )
     assert run_command(*arguments, "--device", "cpu", "--layers", "*layers.0.*, *layers.2.*", "--exclude_top_k", 1) == 0
-    said = capsys.readouterr().out
+    message = capsys.readouterr().out
     content = json.loads((tmp_path / "look.json").read_text())
     assert [site.split(".")[3] for site in content["sites"]] == ["0", "2"]
     assert content["sinks_left_out"] == 1
     assert content["model"] == str(model_folder)
     assert sum(token["part"] == "answer" for token in content["tokens"]) == 2
-    assert re.search(r"^ mean( +\d+\.\d %){6}$", said, re.MULTILINE)
-    assert re.search(r"In the answer, .* of attention goes to the image", said)
-    assert f"report:  {tmp_path / 'report.html'}" in said
-    assert "weights are random" not in said
+    assert re.search(r"^ mean( +\d+\.\d %){6}$", message, re.MULTILINE)
+    assert re.search(r"In the answer, .* of attention goes to the image", message)
+    assert f"report:  {tmp_path / 'report.html'}" in message
+    assert "weights are random" not in message
     assert {path.name for path in tmp_path.iterdir()} == {"look.json", "report.html"}
 
 

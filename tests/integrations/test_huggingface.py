@@ -28,9 +28,9 @@ SIZE, PER_STEP, EPOCHS = 20, 4, 3
 
 def samples(size=SIZE, seed=0):
     """Returns one dict per sample, as data sets do."""
-    whole = batch(size=size, seed=seed, dtype=torch.float32)
-    whole["labels"] = whole.pop("target")
-    return [{name: value[i] for name, value in whole.items()} for i in range(size)]
+    full = batch(size=size, seed=seed, dtype=torch.float32)
+    full["labels"] = full.pop("target")
+    return [{name: value[i] for name, value in full.items()} for i in range(size)]
 
 
 def build_model(fusion=None, **options):
@@ -41,14 +41,14 @@ def build_model(fusion=None, **options):
     return eq.FusionModel(encoders, fusion, 3, unimodal="train")
 
 
-def build_ogm(made):
-    return [eq.balance.OGM(made, alpha=0.5)]
+def build_ogm(model):
+    return [eq.balance.OGM(model, alpha=0.5)]
 
 
-def build_both(made):
+def build_both(model):
     return [
-        *build_ogm(made),
-        eq.balance.RollingQ(made.fusion.attention, beta=0.0, tail=None, max_rotations=None, warmup_epochs=1),
+        *build_ogm(model),
+        eq.balance.RollingQ(model.fusion.attention, beta=0.0, tail=None, max_rotations=None, warmup_epochs=1),
     ]
 
 
@@ -68,8 +68,8 @@ class InOrder(transformers.Trainer):
         return torch.utils.data.SequentialSampler(self.train_dataset)
 
 
-def build_trainer(folder, made, balancers, *, callback=None, data=None, evaluation=None, in_order=False, **options):
-    balanced = eq.hf.BalancedModel(made, eq.BalancerList(made, balancers))
+def build_trainer(folder, model, balancers, *, callback=None, data=None, evaluation=None, in_order=False, **options):
+    balanced = eq.hf.BalancedModel(model, eq.BalancerList(model, balancers))
     return (InOrder if in_order else transformers.Trainer)(
         balanced, training_arguments(folder, **options), train_dataset=data or samples(), eval_dataset=evaluation,
         callbacks=[eq.hf.BalancerCallback(balanced.balancing, **(callback or {}))],
@@ -77,12 +77,12 @@ def build_trainer(folder, made, balancers, *, callback=None, data=None, evaluati
 
 
 def train(*given, resume=None, **options):
-    made = build_trainer(*given, **options)
+    result = build_trainer(*given, **options)
     with warnings.catch_warnings():
         # A warning of torch's loaders about pinned memory without an accelerator.
         warnings.filterwarnings("ignore", message=".*pin_memory.*")
-        made.train(resume_from_checkpoint=resume)
-    return made
+        result.train(resume_from_checkpoint=resume)
+    return result
 
 
 def assert_same_state(one, other):
@@ -94,7 +94,7 @@ def assert_same_state(one, other):
 
 def test_trainer_equals_a_plain_loop(tmp_path):
     net = build_model()
-    made = train(tmp_path, net, build_both(net), in_order=True)
+    result = train(tmp_path, net, build_both(net), in_order=True)
     plain = build_model()
     balancing = eq.BalancerList(plain, build_both(plain))
     optimizer, data = torch.optim.SGD(plain.parameters(), lr=0.1), samples()
@@ -107,14 +107,14 @@ def test_trainer_equals_a_plain_loop(tmp_path):
             balancing.loss(plain(part), target).backward()
             balancing.before_step()
             optimizer.step()
-        said = balancing.end_epoch()
-    for (name, found), wanted in zip(net.state_dict().items(), plain.state_dict().values(), strict=True):
-        torch.testing.assert_close(found, wanted, **CLOSE, equal_nan=True, msg=name)
-    callback = next(c for c in made.callback_handler.callbacks if isinstance(c, eq.hf.BalancerCallback))
-    assert callback.last == pytest.approx(said, rel=1e-4)
-    assert said["rotations"] > 0
-    assert said["scale/audio"] != said["scale/image"]
-    logged = [entry for entry in made.state.log_history if "balance/air" in entry]
+        message = balancing.end_epoch()
+    for (name, actual), expected in zip(net.state_dict().items(), plain.state_dict().values(), strict=True):
+        torch.testing.assert_close(actual, expected, **CLOSE, equal_nan=True, msg=name)
+    callback = next(c for c in result.callback_handler.callbacks if isinstance(c, eq.hf.BalancerCallback))
+    assert callback.last == pytest.approx(message, rel=1e-4)
+    assert message["rotations"] > 0
+    assert message["scale/audio"] != message["scale/image"]
+    logged = [entry for entry in result.state.log_history if "balance/air" in entry]
     assert [entry["step"] for entry in logged] == [5, 10, 15]
 
 
@@ -130,9 +130,9 @@ def test_accumulated_batches_equal_one_large_batch(tmp_path):
         gradient_accumulation_steps=2,
         **options,
     )
-    for (name, found), wanted in zip(parts.state_dict().items(), large.state_dict().values(), strict=True):
+    for (name, result), expected in zip(parts.state_dict().items(), large.state_dict().values(), strict=True):
         if "rolling" not in name or name.endswith("rotation"):
-            torch.testing.assert_close(found, wanted, **CLOSE, msg=name)
+            torch.testing.assert_close(result, expected, **CLOSE, msg=name)
     assert int(parts.fusion.attention.core.rolling.rotations) == 1
 
 
@@ -162,25 +162,25 @@ def test_resumed_run_equals_an_uninterrupted_run(balancers, step, options, tmp_p
     val = torch.utils.data.DataLoader(samples(7, seed=1), 7)
 
     def run(folder, **given):
-        made = copy.deepcopy(build_model(**options))
-        return train(folder, made, balancers(made), callback={"val": val}, **given)
+        result = copy.deepcopy(build_model(**options))
+        return train(folder, result, balancers(result), callback={"val": val}, **given)
 
     saved = run(tmp_path, save_strategy="steps", save_steps=step)
     # Another output folder: the balancer state is loaded together with the weights.
     resumed = run(tmp_path / "other", resume=str(tmp_path / f"checkpoint-{step}"))
     assert_same_state(resumed, saved)
     logs = [
-        [json.dumps(entry, sort_keys=True) for entry in made.state.log_history if "train_runtime" not in entry]
-        for made in (saved, resumed)
+        [json.dumps(entry, sort_keys=True) for entry in result.state.log_history if "train_runtime" not in entry]
+        for result in (saved, resumed)
     ]
     assert len(logs[0]) == EPOCHS
     assert logs[0] == logs[1]
 
 
 def test_incomplete_epoch_does_not_call_end_epoch(tmp_path):
-    made = build_model()
-    balancers = build_both(made)
-    train(tmp_path, made, balancers, max_steps=7)
+    model = build_model()
+    balancers = build_both(model)
+    train(tmp_path, model, balancers, max_steps=7)
     assert int(balancers[0].epoch) == 1
 
 
@@ -192,44 +192,44 @@ class Stream(torch.utils.data.IterableDataset):
 
 
 def test_data_of_unknown_length(tmp_path):
-    made = build_model()
-    balancers = build_both(made)
-    train(tmp_path, made, balancers, data=Stream(), max_steps=5)
+    model = build_model()
+    balancers = build_both(model)
+    train(tmp_path, model, balancers, data=Stream(), max_steps=5)
     assert int(balancers[0].epoch) == 2
 
 
 def test_evaluation_uses_the_task_loss_and_updates_no_balancer(tmp_path):
-    made = build_model()
-    balancers = build_both(made)
-    run = build_trainer(tmp_path, made, balancers, evaluation=samples(11, seed=2), per_device_eval_batch_size=11)
+    model = build_model()
+    balancers = build_both(model)
+    run = build_trainer(tmp_path, model, balancers, evaluation=samples(11, seed=2), per_device_eval_batch_size=11)
     before = [balancer.state_dict() for balancer in balancers]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*pin_memory.*")
-        found = run.evaluate()
-    whole = batch(size=11, seed=2, dtype=torch.float32)
-    wanted = made.loss(made.eval()(whole).logits, whole["target"])
-    assert found["eval_loss"] == pytest.approx(float(wanted.detach()), rel=1e-5)
+        result = run.evaluate()
+    full = batch(size=11, seed=2, dtype=torch.float32)
+    expected = model.loss(model.eval()(full).logits, full["target"])
+    assert result["eval_loss"] == pytest.approx(float(expected.detach()), rel=1e-5)
     for old, balancer in zip(before, balancers, strict=True):
         assert all(torch.equal(old[name], value) for name, value in balancer.state_dict().items() if "air" not in name)
-    assert set(run.model(**{name: whole[name] for name in ("audio", "image")})) == {"logits"}
+    assert set(run.model(**{name: full[name] for name in ("audio", "image")})) == {"logits"}
 
 
 def test_best_model_is_loaded_with_its_balancers(tmp_path):
-    made = build_model()
-    balancers = build_both(made)
+    model = build_model()
+    balancers = build_both(model)
     options = {"save_strategy": "epoch", "eval_strategy": "epoch", "load_best_model_at_end": True}
     # Select the worst model as the best, so that it is not the last one.
-    run = train(tmp_path, made, balancers, evaluation=samples(), greater_is_better=True, **options)
+    run = train(tmp_path, model, balancers, evaluation=samples(), greater_is_better=True, **options)
     assert run.state.best_global_step < EPOCHS * SIZE // PER_STEP
     assert int(balancers[0].epoch) == run.state.best_global_step // (SIZE // PER_STEP)
     assert int(balancers[1].epochs) == int(balancers[0].epoch)
 
 
 def test_half_precision(tmp_path):
-    made = build_model()
-    balancers = build_both(made)
-    run = train(tmp_path, made, balancers, bf16=True)
-    assert all(bool(p.isfinite().all()) for p in made.parameters())
+    model = build_model()
+    balancers = build_both(model)
+    run = train(tmp_path, model, balancers, bf16=True)
+    assert all(bool(p.isfinite().all()) for p in model.parameters())
     assert int(balancers[1].rotations) > 0
     assert run.state.log_history[0]["balance/scale/audio"] != run.state.log_history[0]["balance/scale/image"]
 
@@ -246,10 +246,10 @@ def test_documentation_pages_run(page, tmp_path, monkeypatch):
 
 def gradient_norms(tmp_path, balancers, **options):
     """Returns the gradient norms of every encoder's matrix in one step with Trainer."""
-    made = build_model(eq.fusion.Concat(12))
-    before = {name: encoder.weight.detach().clone() for name, encoder in made.encoders.items()}
-    train(tmp_path, made, balancers(made), max_steps=1, in_order=True, **options)
-    return {name: float((made.encoders[name].weight.detach() - before[name]).norm()) for name in before}
+    model = build_model(eq.fusion.Concat(12))
+    before = {name: encoder.weight.detach().clone() for name, encoder in model.encoders.items()}
+    train(tmp_path, model, balancers(model), max_steps=1, in_order=True, **options)
+    return {name: float((model.encoders[name].weight.detach() - before[name]).norm()) for name in before}
 
 
 class GradientScaler(eq.balance.Balancer):
@@ -260,31 +260,31 @@ class GradientScaler(eq.balance.Balancer):
 
 
 def test_clipping_after_the_balancers(tmp_path):
-    whole = gradient_norms(tmp_path, lambda made: [])
+    full = gradient_norms(tmp_path, lambda model: [])
     clip = 0.1
-    made = build_model(eq.fusion.Concat(12))
+    model = build_model(eq.fusion.Concat(12))
     part = torch.utils.data.default_collate(samples()[:PER_STEP])
     target = part.pop("labels")
-    eq.BalancerList(made).loss(made(part), target).backward()
-    squares = {name: float(p.grad.square().sum()) for name, p in made.named_parameters() if p.grad is not None}
+    eq.BalancerList(model).loss(model(part), target).backward()
+    squares = {name: float(p.grad.square().sum()) for name, p in model.named_parameters() if p.grad is not None}
     norm = sum(squares.values()) ** 0.5
     after = (norm**2 - (1 - 0.25**2) * squares["encoders.audio.weight"]) ** 0.5
     assert after > 2 * clip
-    ours = gradient_norms(tmp_path, lambda made: [GradientScaler()], callback={"clip": clip})
-    assert ours["audio"] == pytest.approx(0.25 * clip / after * whole["audio"], rel=1e-4)
-    assert ours["image"] == pytest.approx(clip / after * whole["image"], rel=1e-4)
+    ours = gradient_norms(tmp_path, lambda model: [GradientScaler()], callback={"clip": clip})
+    assert ours["audio"] == pytest.approx(0.25 * clip / after * full["audio"], rel=1e-4)
+    assert ours["image"] == pytest.approx(clip / after * full["image"], rel=1e-4)
     with pytest.warns(UserWarning, match=r"clips gradients before Slower changes them.*BalancerCallback\(clip=0\.1\)"):
-        theirs = gradient_norms(tmp_path, lambda made: [GradientScaler()], max_grad_norm=clip)
-    assert theirs["audio"] == pytest.approx(0.25 * clip / norm * whole["audio"], rel=1e-4)
-    assert theirs["image"] == pytest.approx(clip / norm * whole["image"], rel=1e-4)
+        theirs = gradient_norms(tmp_path, lambda model: [GradientScaler()], max_grad_norm=clip)
+    assert theirs["audio"] == pytest.approx(0.25 * clip / norm * full["audio"], rel=1e-4)
+    assert theirs["image"] == pytest.approx(clip / norm * full["image"], rel=1e-4)
 
 
 class LightningStep(pl.LightningModule):
     """The same step in Lightning, which clips after the balancers."""
 
-    def __init__(self, made, balancing):
+    def __init__(self, model, balancing):
         super().__init__()
-        self.made, self.balancing = made, balancing
+        self.made, self.balancing = model, balancing
 
     def training_step(self, part, index):
         return self.balancing.loss(self.made(part), part["labels"])
@@ -294,18 +294,18 @@ class LightningStep(pl.LightningModule):
 
 
 def test_lightning_clips_in_the_same_order(tmp_path):
-    ours = gradient_norms(tmp_path, lambda made: [GradientScaler()], callback={"clip": 0.1})
-    made = build_model(eq.fusion.Concat(12))
-    before = {name: encoder.weight.detach().clone() for name, encoder in made.encoders.items()}
-    lit = LightningStep(made, eq.BalancerList(made, [GradientScaler()]))
+    ours = gradient_norms(tmp_path, lambda model: [GradientScaler()], callback={"clip": 0.1})
+    model = build_model(eq.fusion.Concat(12))
+    before = {name: encoder.weight.detach().clone() for name, encoder in model.encoders.items()}
+    lit = LightningStep(model, eq.BalancerList(model, [GradientScaler()]))
     with quiet_lightning():
         pl.Trainer(
             max_steps=1, gradient_clip_val=0.1, callbacks=[eq.lightning.BalancerCallback(lit.balancing)], accelerator="cpu",
             logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         ).fit(lit, torch.utils.data.DataLoader(samples(), PER_STEP))  # fmt: skip
-    for name, wanted in ours.items():
-        found = float((made.encoders[name].weight.detach() - before[name]).norm())
-        assert found == pytest.approx(wanted, rel=1e-4)
+    for name, expected in ours.items():
+        result = float((model.encoders[name].weight.detach() - before[name]).norm())
+        assert result == pytest.approx(expected, rel=1e-4)
 
 
 def test_missing_transformers_raises(monkeypatch):
@@ -341,10 +341,10 @@ class CustomModel(transformers.PreTrainedModel):
 
 def test_custom_model_keeps_the_balancer_state(tmp_path):
     def run(folder, resume=None):
-        made = CustomModel(transformers.PreTrainedConfig())
+        result = CustomModel(transformers.PreTrainedConfig())
         args = training_arguments(folder, save_strategy="steps", save_steps=7, remove_unused_columns=True)
-        callbacks = [eq.hf.BalancerCallback(made.balancing)]
-        own = transformers.Trainer(made, args, train_dataset=samples(), callbacks=callbacks)
+        callbacks = [eq.hf.BalancerCallback(result.balancing)]
+        own = transformers.Trainer(result, args, train_dataset=samples(), callbacks=callbacks)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*pin_memory.*")
             own.train(resume_from_checkpoint=resume)
@@ -357,8 +357,8 @@ def test_custom_model_keeps_the_balancer_state(tmp_path):
 
 def test_state_dict_reports_missing_and_unexpected_keys():
     def balanced(balancers):
-        made = build_model()
-        return eq.hf.BalancedModel(made, eq.BalancerList(made, balancers(made)))
+        model = build_model()
+        return eq.hf.BalancedModel(model, eq.BalancerList(model, balancers(model)))
 
     one = balanced(build_ogm)
     one.balancing.balancers[0].epoch += 5
@@ -378,8 +378,8 @@ def test_state_dict_reports_missing_and_unexpected_keys():
 
 
 def test_wrapped_models_restore_their_state():
-    made = build_model()
-    one = eq.hf.BalancedModel(made, eq.BalancerList(made, build_ogm(made)))
+    model = build_model()
+    one = eq.hf.BalancedModel(model, eq.BalancerList(model, build_ogm(model)))
     state = copy.deepcopy(nn.Sequential(one).state_dict())
     assert "0.balance.0.epoch" in state
     one.balancing.balancers[0].epoch += 3
@@ -394,13 +394,13 @@ ARGUMENTS = {
 
 
 def worker(rank, folder):
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}
-    os.environ.update({name: str(value) for name, value in place.items()})
+    index = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}
+    os.environ.update({name: str(value) for name, value in index.items()})
     # Initialize the process group first, so that Trainer does not search for a free port.
     with process_group(rank, folder):
-        made = build_model()
+        model = build_model()
         options = {"per_device_train_batch_size": PER_STEP // 2, "ddp_backend": "gloo", "num_train_epochs": 2}
-        run = train(folder, made, build_both(made), in_order=True, save_strategy="epoch", **options)
+        run = train(folder, model, build_both(model), in_order=True, save_strategy="epoch", **options)
         assert run.args.world_size == 2
         torch.save(run.model.state_dict(), f"{folder}/{rank}.pt")
 
@@ -408,14 +408,14 @@ def worker(rank, folder):
 @pytest.mark.distributed
 def test_two_processes_equal_one_with_the_doubled_batch(tmp_path):
     torch.multiprocessing.spawn(worker, args=(str(tmp_path),), nprocs=2)
-    made = build_model()
-    alone = train(tmp_path / "alone", made, build_both(made), in_order=True, num_train_epochs=2)
-    found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
-    for name, wanted in alone.model.state_dict().items():
+    model = build_model()
+    alone = train(tmp_path / "alone", model, build_both(model), in_order=True, num_train_epochs=2)
+    result = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    for name, expected in alone.model.state_dict().items():
         if name != "model.fusion.attention.core.rolling._extra_state":
-            torch.testing.assert_close(found[0][name], wanted.to(found[0][name]), **CLOSE, msg=name)
-            assert torch.equal(found[0][name], found[1][name])
-    assert int(found[0]["model.fusion.attention.core.rolling.rotations"]) == 1
+            torch.testing.assert_close(result[0][name], expected.to(result[0][name]), **CLOSE, msg=name)
+            assert torch.equal(result[0][name], result[1][name])
+    assert int(result[0]["model.fusion.attention.core.rolling.rotations"]) == 1
 
 
 class MultiStep(eq.balance.Balancer):
@@ -427,11 +427,11 @@ class PartialGraph(eq.balance.Balancer):
 
 
 def begin_training(balancers=build_ogm, wrapped=True, clip=None, **options):
-    made = build_model()
-    balancing = eq.BalancerList(made, balancers(made))
+    model = build_model()
+    balancing = eq.BalancerList(model, balancers(model))
     callback = eq.hf.BalancerCallback(balancing, clip=clip)
-    optimizer = torch.optim.SGD(made.parameters(), lr=0.1)
-    given = eq.hf.BalancedModel(made, balancing) if wrapped else made
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    given = eq.hf.BalancedModel(model, balancing) if wrapped else model
     args = SimpleNamespace(**{**ARGUMENTS, **options})
     callback.on_train_begin(args, None, None, model=given, optimizer=optimizer)
 
@@ -471,23 +471,23 @@ def test_allowed_configurations():
 
 
 def test_balancer_list_of_another_model_raises():
-    made = build_model()
-    callback = eq.hf.BalancerCallback(eq.BalancerList(made, build_ogm(made)))
-    wrapped = eq.hf.BalancedModel(made, eq.BalancerList(made, build_ogm(made)))
+    model = build_model()
+    callback = eq.hf.BalancerCallback(eq.BalancerList(model, build_ogm(model)))
+    wrapped = eq.hf.BalancedModel(model, eq.BalancerList(model, build_ogm(model)))
     with pytest.raises(ConfigError, match=r"expected the balancing of the trained model, .* model\.balancing"):
         callback.on_train_begin(SimpleNamespace(**ARGUMENTS), None, None, model=wrapped, optimizer=None)
 
 
 def test_adam_and_other_balancer_lists_warn():
-    made = build_model()
-    callback = eq.hf.BalancerCallback(eq.BalancerList(made, build_ogm(made)))
+    model = build_model()
+    callback = eq.hf.BalancerCallback(eq.BalancerList(model, build_ogm(model)))
     args = SimpleNamespace(**ARGUMENTS)
-    optimizer = SimpleNamespace(optimizer=torch.optim.AdamW(made.parameters()))
+    optimizer = SimpleNamespace(optimizer=torch.optim.AdamW(model.parameters()))
     with pytest.warns(UserWarning, match="OGM only changes the scale of gradients, which AdamW normalizes away"):
         callback.on_train_begin(
-            args, None, None, model=eq.hf.BalancedModel(made, callback.balancing), optimizer=optimizer
+            args, None, None, model=eq.hf.BalancedModel(model, callback.balancing), optimizer=optimizer
         )
     with pytest.raises(
         ConfigError, match="BalancedModel: expected a BalancerList of this model, got one of another FusionModel"
     ):
-        eq.hf.BalancedModel(build_model(), eq.BalancerList(made))
+        eq.hf.BalancedModel(build_model(), eq.BalancerList(model))

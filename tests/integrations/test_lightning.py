@@ -82,12 +82,12 @@ def test_callback_saves_the_balancer_state():
 
 
 def test_unused_balancer_raises():
-    made = build_model(RandomData())
+    model = build_model(RandomData())
     with pytest.raises(
         ConfigError, match=r"the BalancerList of OGM, which acts in training steps, got OGM alone\. Return"
     ):
-        eq.lightning.BalancerCallback(eq.balance.OGM(made))
-    assert len(eq.lightning.BalancerCallback(eq.BalancerList(made, [eq.balance.OGM(made)])).balancers) == 1
+        eq.lightning.BalancerCallback(eq.balance.OGM(model))
+    assert len(eq.lightning.BalancerCallback(eq.BalancerList(model, [eq.balance.OGM(model)])).balancers) == 1
 
 
 def test_data_of_unknown_length_is_reviewed():
@@ -150,8 +150,8 @@ def test_penalty_is_added_and_observe_gets_every_batch():
     batch = next(iter(loaders(source)[0]))
     (2.0 * model(batch).logits.square().mean()).backward()
     name = "head.weight"
-    wanted = without[f"model.{name}"] + dict(model.named_parameters())[name].grad
-    torch.testing.assert_close(with_penalty[f"model.{name}"], wanted, **TOL[torch.float32])
+    expected = without[f"model.{name}"] + dict(model.named_parameters())[name].grad
+    torch.testing.assert_close(with_penalty[f"model.{name}"], expected, **TOL[torch.float32])
     assert probe.seen == [(torch.Size([16, 3]), torch.Size([16]))]
 
 
@@ -163,20 +163,20 @@ def test_tasks_with_three_modalities(task):
     options = TrainOptions(epochs=2, unimodal="train")
     fit(BalancedTraining(model, options, balancers=[balancer]), source, eq.lightning.BalancerCallback(balancer))
     assert int(balancer.rotations) == 1
-    found = evaluate_run(model, source, recipe())
+    result = evaluate_run(model, source, recipe())
     score = "negative_error" if task == "regression" else "accuracy"
     names = {f"{score}_noise/{name}" for name in source.names} | {f"share/{name}" for name in source.names}
     assert names | {score, "noise_attention_r", "noise_attention_r_own", "air", "parameters", "flops"} == set(
-        found["metrics"]
+        result["metrics"]
     )
     logits = model.eval()({**source.test.inputs}).logits.detach()
     if task == "regression":
-        wanted = -float((logits - source.test.target).abs().mean())
+        expected = -float((logits - source.test.target).abs().mean())
     elif task == "multilabel":
-        wanted = float(((logits > 0) == source.test.target.bool()).float().mean())
+        expected = float(((logits > 0) == source.test.target.bool()).float().mean())
     else:
-        wanted = float((logits.argmax(dim=1) == source.test.target).float().mean())
-    assert found["metrics"][score] == pytest.approx(wanted, abs=1e-5)
+        expected = float((logits.argmax(dim=1) == source.test.target).float().mean())
+    assert result["metrics"][score] == pytest.approx(expected, abs=1e-5)
 
 
 def test_non_finite_target_raises():
@@ -251,7 +251,7 @@ def test_non_finite_loss_raises():
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [
         ("plain_loop", "attention-noise r: "),
         ("plain_loop_balancers", "rotations 1.00"),
@@ -259,9 +259,9 @@ def test_non_finite_loss_raises():
         ("hf_trainer", "'rotations': 1.0"),
     ],
 )
-def test_examples_run(name, said, monkeypatch, capsys):
+def test_examples_run(name, message, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [name, "2"])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
-    assert said in capsys.readouterr().out
+    assert message in capsys.readouterr().out

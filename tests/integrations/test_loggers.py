@@ -82,8 +82,8 @@ def test_a_run_is_finished_with_other_loggers(tmp_path):
 
 
 def test_compare_logs_every_run(tmp_path):
-    made = replace(recipe(epochs=1), logger=["csv"])
-    content = compare(made, ["concat", "joint"], seeds=1, out=tmp_path, workers=0)
+    result = replace(recipe(epochs=1), logger=["csv"])
+    content = compare(result, ["concat", "joint"], seeds=1, out=tmp_path, workers=0)
     for one in content["runs"]:
         rows = csv_rows(tmp_path / "runs" / "all" / one["method"] / "seed0")
         assert column(rows, "test/accuracy") == pytest.approx([one["metrics"]["accuracy"]])
@@ -175,10 +175,10 @@ def test_trackio_writes_its_local_database(tmp_path, monkeypatch, capsys):
     assert "Trackio" not in capsys.readouterr().out
     with sqlite3.connect(tmp_path / "trackio" / "digits.db") as database:
         stored = database.execute("select run_id, metrics from metrics order by id").fetchall()
-    found = {}
+    result = {}
     for key, text in stored:
-        found.setdefault(key, {}).update(json.loads(text))
-    assert [run["test/accuracy"] for run in found.values()] == pytest.approx(
+        result.setdefault(key, {}).update(json.loads(text))
+    assert [run["test/accuracy"] for run in result.values()] == pytest.approx(
         [run["metrics"]["accuracy"] for run in done]
     )
-    assert all("val_accuracy" in run for run in found.values())
+    assert all("val_accuracy" in run for run in result.values())

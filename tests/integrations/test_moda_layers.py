@@ -112,14 +112,14 @@ def test_no_information_from_later_tokens(name, scope, first):
     given = {"modality": LABELS, "names": ("text", "image")} if name == "llama" else {}
     apply_trained_moda(model, basis_scope=scope, **given)
     before = eval_logits(model, inputs)
-    for place in range(first or 12, 13):
-        if inputs["input_ids"][0, place] >= 80:
+    for index in range(first or 12, 13):
+        if inputs["input_ids"][0, index] >= 80:
             continue
         other = inputs["input_ids"].clone()
-        other[:, place] = (other[:, place] + 1) % 80
+        other[:, index] = (other[:, index] + 1) % 80
         after = eval_logits(model, {**inputs, "input_ids": other})
-        assert torch.equal(after[:, :place], before[:, :place]) == (scope != "all")
-        assert not torch.equal(after[:, place:], before[:, place:])
+        assert torch.equal(after[:, :index], before[:, :index]) == (scope != "all")
+        assert not torch.equal(after[:, index:], before[:, index:])
 
 
 def test_prompt_length_sets_the_prefix():

@@ -62,13 +62,13 @@ def fit(module, *callbacks, logger=False, data=None, **options):
 
 def logged(folder):
     """step -> values under watch/ in a CSV file of Lightning."""
-    found = {}
+    result = {}
     with open(folder / "metrics.csv", newline="") as file:
         for row in csv.DictReader(file):
             values = {name: float(text) for name, text in row.items() if name.startswith("watch/") and text}
             if values:
-                found[int(row["step"])] = values
-    return found
+                result[int(row["step"])] = values
+    return result
 
 
 def norm(module):
@@ -144,10 +144,10 @@ def test_what_cannot_be_measured_is_told_once(tmp_path):
             return torch.optim.SGD(self.parameters(), lr=0.1)
 
     callback = eq.lightning.WatchCallback(every_n_steps=1)
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as messages:
         warnings.simplefilter("always")
         fit(Static(), callback)
-    texts = [str(w.message) for w in told if "WatchCallback" in str(w.message)]
+    texts = [str(w.message) for w in messages if "WatchCallback" in str(w.message)]
     assert len(texts) == 3, texts
     for part in ("no logger", "no shares", "no gradient norms: the encoders are unknown"):
         assert sum(part in text for text in texts) == 1
@@ -271,7 +271,7 @@ def test_an_attached_callback_logs_to_tensorboard(tmp_path, calm):
         accumulator = EventAccumulator(str(file))
         accumulator.Reload()
         events |= {tag: accumulator.Scalars(tag) for tag in accumulator.Tags()["scalars"]}
-    found = {tag: [event.step for event in values] for tag, values in events.items() if "watch/" in tag}
-    assert len(found) >= 4
-    assert all(steps == [0, 3, 6] for steps in found.values())
+    result = {tag: [event.step for event in values] for tag, values in events.items() if "watch/" in tag}
+    assert len(result) >= 4
+    assert all(steps == [0, 3, 6] for steps in result.values())
     assert any("watch/share/image" in entry for entry in trainer.state.log_history)

@@ -46,9 +46,9 @@ def test_adapted_calls_and_outputs_are_unchanged():
         (adapted_encoder_net(), (audio,), {"y": image}),
         (adapted_towers(), (data,), {}),
     ):
-        expected, found = adapted.model(*args, **kwargs), adapted(*args, **kwargs)
-        torch.testing.assert_close(found, expected, rtol=0, atol=0)
-        output = adapted.output_of(found)
+        expected, result = adapted.model(*args, **kwargs), adapted(*args, **kwargs)
+        torch.testing.assert_close(result, expected, rtol=0, atol=0)
+        output = adapted.output_of(result)
         logits = (
             expected["logits"]
             if isinstance(expected, dict)
@@ -355,10 +355,10 @@ def test_loader_tuples_and_other_keys():
 
 def test_full_diagnosis():
     data = [batch(seed) for seed in range(2)]
-    found = eq.diagnose(adapted_encoder_net(), data)
-    assert set(found.skipped) == {"ood", "collapse"}
-    assert found.name == "encodernet"
-    assert found.details["attention"]["layers"][0]["site"] == "model.fusion.layers.0.self_attn"
+    result = eq.diagnose(adapted_encoder_net(), data)
+    assert set(result.skipped) == {"ood", "collapse"}
+    assert result.name == "encodernet"
+    assert result.details["attention"]["layers"][0]["site"] == "model.fusion.layers.0.self_attn"
 
 
 def test_vision_language_model_labels():
@@ -371,8 +371,8 @@ def test_vision_language_model_labels():
         adapted(**inputs)
     with eq.watch(model) as native:
         model(**inputs)
-    found = {name.removeprefix("model."): record.share(name) for name in record.layers}
-    assert list(found) == native.layers
+    result = {name.removeprefix("model."): record.share(name) for name in record.layers}
+    assert list(result) == native.layers
     order = [native.names.index(name) for name in adapted.names]
-    for name, share in found.items():
+    for name, share in result.items():
         torch.testing.assert_close(share, native.share(name)[..., order])

@@ -69,13 +69,13 @@ def slow_maps(model, batch):
         weight, bias = (part.tolist() for part in layer.parameters())
         return [sum(w * v for w, v in zip(row, x, strict=True)) + b for row, b in zip(weight, bias, strict=True)]
 
-    found = {}
+    result = {}
     for i in NAMES:
         for j in NAMES:
             if i == j:
                 continue
             query, key = model.scores.query[f"{i}->{j}"], model.scores.key[f"{i}->{j}"]
-            found[i, j] = np.array([
+            result[i, j] = np.array([
                 [
                     softmax([
                         sum(a * b for a, b in zip(projected(query, x), projected(key, y), strict=True)) / WIDTH**0.5
@@ -85,34 +85,34 @@ def slow_maps(model, batch):
                 ]
                 for s in range(SCENES)
             ])  # fmt: skip
-    return found
+    return result
 
 
 def test_losses_against_loops():
     model, batch = build_model(consistency=0.7), random_scenes()
-    losses, found, target = model.losses(batch), slow_maps(model, batch), batch["target"].tolist()
+    losses, result, target = model.losses(batch), slow_maps(model, batch), batch["target"].tolist()
     for pair, values in model(batch).maps.items():
-        np.testing.assert_allclose(values.detach().numpy(), found[pair], **EXACT)
+        np.testing.assert_allclose(values.detach().numpy(), result[pair], **EXACT)
     terms = []
     for i, j in (("audio", "image"), ("image", "audio"), ("image", "text"), ("text", "image")):
         for s in range(SCENES):
             mine, theirs = target[s][NAMES.index(i)], target[s][NAMES.index(j)]
-            terms += [-math.log(found[i, j][s][row][theirs.index(digit)]) for row, digit in enumerate(mine)]
+            terms += [-math.log(result[i, j][s][row][theirs.index(digit)]) for row, digit in enumerate(mine)]
     assert as_float(losses["matching"]) == pytest.approx(sum(terms) / len(terms), rel=1e-10)
     ranks = []
     for s in range(SCENES):
-        blocks = {(NAMES.index(i), NAMES.index(j)): values[s] for (i, j), values in found.items()}
+        blocks = {(NAMES.index(i), NAMES.index(j)): values[s] for (i, j), values in result.items()}
         ranks.append(math.log(slow.effective_rank(slow.supermatrix(blocks, 3, ITEMS)) / ITEMS))
     assert as_float(losses["consistency"]) == pytest.approx(0.7 * sum(ranks) / SCENES, rel=1e-6)
-    told = []
-    for place, name in enumerate(NAMES):
+    messages = []
+    for index, name in enumerate(NAMES):
         items = {n: model.encoders[n](batch[n]).detach().numpy() for n in NAMES}
         weight, bias = (part.detach().numpy() for part in model.probes[name].parameters())
         for s in range(SCENES):
             for row in range(ITEMS):
-                read = [items[n][s][row] if n == name else found[name, n][s][row] @ items[n][s] for n in NAMES]
-                told.append(-math.log(softmax(list(weight @ np.concatenate(read) + bias))[target[s][place][row]]))
-    assert as_float(losses["probe"]) == pytest.approx(sum(told) / len(told), rel=1e-10)
+                read = [items[n][s][row] if n == name else result[name, n][s][row] @ items[n][s] for n in NAMES]
+                messages.append(-math.log(softmax(list(weight @ np.concatenate(read) + bias))[target[s][index][row]]))
+    assert as_float(losses["probe"]) == pytest.approx(sum(messages) / len(messages), rel=1e-10)
 
 
 def test_consistency_loss_kinds():
@@ -129,8 +129,8 @@ def test_consistency_loss_kinds():
 
 def test_temperature_affects_the_consistency_term_only():
     batch, plain, sharp = random_scenes(), build_model(consistency=1.0), build_model(consistency=1.0, temperature=0.2)
-    found = plain(batch)
-    expected = {pair: (5 * values).softmax(dim=-1) for pair, values in found.scores.items()}
+    result = plain(batch)
+    expected = {pair: (5 * values).softmax(dim=-1) for pair, values in result.scores.items()}
     matrix = sharp.supermatrix(sharp(batch), temperature=0.2)
     torch.testing.assert_close(matrix[:, :ITEMS, ITEMS : 2 * ITEMS], expected["audio", "image"], **EXACT)
     assert torch.equal(plain.losses(batch)["matching"], sharp.losses(batch)["matching"])
@@ -151,13 +151,13 @@ def test_unlisted_pair_is_trained_by_the_consistency_term_only():
     assert all(matching.get(way, 0.0) == 0 for way in ways)
     assert all(matching[way] > 0 for way in listed)
     assert all(gradient_sums(model, "consistency", batch)[way] > 0 for way in ways + listed)
-    told = build_model(pairs=THREE, transfer=["audio", "text"])
-    assert all(gradient_sums(told, "matching", batch)[way] > 0 for way in ways)
+    messages = build_model(pairs=THREE, transfer=["audio", "text"])
+    assert all(gradient_sums(messages, "matching", batch)[way] > 0 for way in ways)
 
 
 def test_probe_loss_trains_the_probe_only():
-    found = gradient_sums(build_model(mixing="attention"), "probe", random_scenes())
-    assert {key.split(".")[0] for key, size in found.items() if size > 0} == {"probes"}
+    result = gradient_sums(build_model(mixing="attention"), "probe", random_scenes())
+    assert {key.split(".")[0] for key, size in result.items() if size > 0} == {"probes"}
 
 
 def test_item_order_does_not_matter():
@@ -197,11 +197,11 @@ def test_missing_items_are_excluded(mixing, sinkhorn):
     model, batch = build_model(MaskedEncoder, consistency=1.0, mixing=mixing, sinkhorn=sinkhorn), random_scenes()
     batch["text"][0, 2] = 0.0
     batch["text"][3] = 0.0
-    found = model(batch)
-    assert not found.present["text"][0, 2]
-    assert as_float(found.maps["audio", "text"][0, :, 2].abs().sum()) == 0
-    assert as_float(found.maps["text", "audio"][0, 2].abs().sum()) == 0
-    assert model.complete(found).tolist() == [False, True, True, False, True, True, True]
+    result = model(batch)
+    assert not result.present["text"][0, 2]
+    assert as_float(result.maps["audio", "text"][0, :, 2].abs().sum()) == 0
+    assert as_float(result.maps["text", "audio"][0, 2].abs().sum()) == 0
+    assert model.complete(result).tolist() == [False, True, True, False, True, True, True]
     losses = model.losses(batch)
     sum(losses.values()).backward()
     assert all(bool(torch.isfinite(p.grad).all()) for p in model.parameters() if p.grad is not None)
@@ -211,7 +211,7 @@ def test_missing_items_are_excluded(mixing, sinkhorn):
     for name, loss in model.losses(other).items():
         torch.testing.assert_close(loss, losses[name], **EXACT)
     # The term sees the other scenes alone.
-    rest = {name: values[model.complete(found)] for name, values in batch.items()}
+    rest = {name: values[model.complete(result)] for name, values in batch.items()}
     torch.testing.assert_close(model.losses(rest)["consistency"], losses["consistency"], rtol=1e-6, atol=1e-9)
 
 
@@ -305,55 +305,55 @@ def test_data_with_single_items_raise():
 
 
 def test_matched_items_and_composed_maps():
-    place, has = matched_items(torch.tensor([[[7, 3, 1], [3, 7, 2]]]), 1, 0)
-    assert place[0][has[0]].tolist() == [1, 0]
+    index, has = matched_items(torch.tensor([[[7, 3, 1], [3, 7, 2]]]), 1, 0)
+    assert index[0][has[0]].tolist() == [1, 0]
     assert has.tolist() == [[True, True, False]]
     eye, turn = torch.eye(3), torch.eye(3)[[1, 2, 0]]
-    found = {("a", "b"): turn, ("b", "c"): turn, ("a", "d"): eye, ("d", "c"): eye}
-    assert torch.equal(composed_maps({**found, ("a", "c"): eye}, "a", "c"), (turn @ turn + eye) / 2)
+    result = {("a", "b"): turn, ("b", "c"): turn, ("a", "d"): eye, ("d", "c"): eye}
+    assert torch.equal(composed_maps({**result, ("a", "c"): eye}, "a", "c"), (turn @ turn + eye) / 2)
 
 
 def true_matching(target, wrong=()):
     """Scenes with the true maps, hard; those of the ordered pairs in ``wrong`` are moved on by one column."""
-    maps, place, has = {}, {}, {}
+    maps, index, has = {}, {}, {}
     for i, one in enumerate(NAMES):
         for j, other in enumerate(NAMES):
             if i != j:
-                place[one, other], has[one, other] = matched_items(target, i, j)
-                columns = place[one, other] + ((one, other) in wrong)
+                index[one, other], has[one, other] = matched_items(target, i, j)
+                columns = index[one, other] + ((one, other) in wrong)
                 maps[one, other] = torch.eye(target.shape[-1])[columns % target.shape[-1]]
-    told = {"audio": torch.tensor([1.0]), "image": torch.tensor([1.0, 0.0]), "text": torch.tensor([0.0])}
-    return SampledItemSets(maps, place, has, torch.ones(len(target), dtype=torch.bool), told)
+    messages = {"audio": torch.tensor([1.0]), "image": torch.tensor([1.0, 0.0]), "text": torch.tensor([0.0])}
+    return SampledItemSets(maps, index, has, torch.ones(len(target), dtype=torch.bool), messages)
 
 
 def test_scores_of_known_maps():
     target = random_scenes()["target"]
     trained, transfer = [("audio", "image"), ("image", "text")], ("audio", "text")
-    found = evaluate_matching([true_matching(target)], NAMES, trained, transfer)
-    assert found.pop("accuracy/audio") == 1
-    assert (found.pop("accuracy"), found.pop("accuracy/image"), found.pop("accuracy/text")) == (0.5, 0.5, 0)
-    assert found.pop("chance") == 1 / ITEMS
-    assert found.pop("cycle_error") == 0
-    assert found.pop("consistency") == pytest.approx(1)
-    assert set(found.values()) == {1.0}
+    result = evaluate_matching([true_matching(target)], NAMES, trained, transfer)
+    assert result.pop("accuracy/audio") == 1
+    assert (result.pop("accuracy"), result.pop("accuracy/image"), result.pop("accuracy/text")) == (0.5, 0.5, 0)
+    assert result.pop("chance") == 1 / ITEMS
+    assert result.pop("cycle_error") == 0
+    assert result.pop("consistency") == pytest.approx(1)
+    assert set(result.values()) == {1.0}
     # One way wrong, in the first two batches of three: a third is right, and the other way everywhere.
     both = [true_matching(target, wrong=[transfer]), true_matching(target, wrong=[transfer]), true_matching(target)]
-    found = evaluate_matching(iter(both), NAMES, trained, transfer)
-    assert found["transfer"] == found["matching/audio-text"] == pytest.approx((1 / 3 + 1) / 2)
-    assert found["transfer_composed"] == found["matching"] == 1
+    result = evaluate_matching(iter(both), NAMES, trained, transfer)
+    assert result["transfer"] == result["matching/audio-text"] == pytest.approx((1 / 3 + 1) / 2)
+    assert result["transfer_composed"] == result["matching"] == 1
     # What is composed goes wrong with either part.
-    found = evaluate_matching([true_matching(target, wrong=[("audio", "image")])], NAMES, trained, transfer)
-    assert (found["transfer"], found["transfer_composed"], found["matching"]) == (1, 0.5, 0.75)
+    result = evaluate_matching([true_matching(target, wrong=[("audio", "image")])], NAMES, trained, transfer)
+    assert (result["transfer"], result["transfer_composed"], result["matching"]) == (1, 0.5, 0.75)
 
 
 def test_tied_map_entries_count_as_chance():
     known = true_matching(random_scenes()["target"])
     pair = ("audio", "image")
-    found = evaluate_matching(
+    result = evaluate_matching(
         [known._replace(maps={p: torch.ones_like(m) for p, m in known.maps.items()})], NAMES, [pair], pair
     )
-    assert [found[name] for name in ("matching", "transfer", "transfer_composed")] == pytest.approx(
-        [found["chance"]] * 3
+    assert [result[name] for name in ("matching", "transfer", "transfer_composed")] == pytest.approx(
+        [result["chance"]] * 3
     )
     known.maps[pair][0, 0, 0] = torch.nan
     with pytest.raises(NonFiniteError, match="evaluate: expected a map from audio to image without NaN"):
@@ -378,7 +378,7 @@ class PatternData:
         for number in range(40 if train else 1):
             batch = random_scenes(torch.float32, seed=1000 * epoch + number + (0 if train else 10**6), count=64)
             target = batch["target"]
-            yield {n: patterns[n][target[:, place]] for place, n in enumerate(NAMES)} | {"target": target}
+            yield {n: patterns[n][target[:, index]] for index, n in enumerate(NAMES)} | {"target": target}
 
 
 def train_on_patterns(**options):
@@ -444,9 +444,9 @@ def test_recipe_variants_learn():
 
 def test_recipe_documentation_page():
     """The script that makes the tables and the picture, on runs whose figures are known."""
-    place = importlib.util.spec_from_file_location("page", Path(__file__).parents[2] / "scripts" / "transfer.py")
-    page = importlib.util.module_from_spec(place)
-    place.loader.exec_module(page)
+    index = importlib.util.spec_from_file_location("page", Path(__file__).parents[2] / "scripts" / "transfer.py")
+    page = importlib.util.module_from_spec(index)
+    index.loader.exec_module(page)
     figures = {"plain": (0.2, 0.3), "consistency": (0.7, 0.9), "attention": (0.3, 0.3), "moda": (0.5, 0.6)}
     shared = {"transfer_synchronized": 0.5, "consistency": 0.625, "chance": 0.25}
     runs = [

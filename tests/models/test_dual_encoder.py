@@ -34,28 +34,28 @@ TEXT = torch.tensor([[1, 2, 0], [3, 4, 5], [6, 0, 0], [2, 5, 0], [4, 0, 0]])
 
 def build_encoders(*names):
     torch.manual_seed(0)
-    made = {
+    result = {
         "image": PatchEncoder(3, (4, 4), patch=2, dim=6, depth=1, heads=2),
         "text": TextEncoder(7, max_length=5, dim=10, depth=1, heads=2),
         "audio": SequenceEncoder(5, max_length=7, dim=8, depth=1, heads=2),
     }
-    return {name: made[name] for name in names}
+    return {name: result[name] for name in names}
 
 
 def build_model(*names, **options):
-    made = build_encoders(*(names or ("image", "text")))
+    layer = build_encoders(*(names or ("image", "text")))
     torch.manual_seed(1)
-    return DualEncoder(made, **{"dim": 11, **options})
+    return DualEncoder(layer, **{"dim": 11, **options})
 
 
 def random_inputs(*names, count=5):
     generator = torch.Generator().manual_seed(2)
-    made = {
+    result = {
         "image": torch.randn(count, 3, 4, 4, generator=generator),
         "text": TEXT[:count],
         "audio": torch.randn(count, 7, 5, generator=generator),
     }
-    return {name: made[name] for name in (names or ("image", "text"))}
+    return {name: result[name] for name in (names or ("image", "text"))}
 
 
 def loss_values(model, batch):
@@ -68,9 +68,9 @@ def embeddings(model, batch):
 
 
 def test_embeddings_are_normalized_and_of_equal_width():
-    found = build_model("image", "text", "audio").embed(random_inputs("image", "text", "audio"))
-    assert list(found) == ["image", "text", "audio"]
-    for part in found.values():
+    result = build_model("image", "text", "audio").embed(random_inputs("image", "text", "audio"))
+    assert list(result) == ["image", "text", "audio"]
+    for part in result.values():
         assert part.shape == (5, 11)
         torch.testing.assert_close(part.norm(dim=1), torch.ones(5), **CLOSE)
 
@@ -79,42 +79,42 @@ def test_embeddings_are_normalized_and_of_equal_width():
 @pytest.mark.parametrize("target", [[0, 1, 2, 3, 4], [0, 1, 0, 2, 1]])
 def test_loss_of_two_modalities_against_loops(loss, target):
     model, batch = build_model(loss=loss), random_inputs()
-    found = loss_values(model, {**batch, "target": torch.tensor(target)})
+    result = loss_values(model, {**batch, "target": torch.tensor(target)})
     u = embeddings(model, batch)
     same = torch.tensor([[one == other for other in target] for one in target]).numpy()
     if loss == "info_nce":
         expected = info_nce(u["image"], u["text"], 1 / 0.07, positives=same)
     else:
         expected = siglip(u["image"], u["text"], 10.0, -10.0, ids=target)
-    assert list(found) == ["image-text"]
-    assert found["image-text"] == pytest.approx(expected, rel=1e-5)
+    assert list(result) == ["image-text"]
+    assert result["image-text"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_loss_of_three_modalities_is_the_mean_over_pairs():
     model, batch = build_model("image", "text", "audio"), random_inputs("image", "text", "audio")
-    found = loss_values(model, {**batch, "target": torch.arange(5)})
+    result = loss_values(model, {**batch, "target": torch.arange(5)})
     u = embeddings(model, batch)
     for one, other in (("image", "text"), ("image", "audio"), ("text", "audio")):
         expected = info_nce(u[one], u[other], 1 / 0.07) / 3
-        assert found[f"{one}-{other}"] == pytest.approx(expected, rel=1e-5)
+        assert result[f"{one}-{other}"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_anchor_limits_the_pairs():
     model, batch = build_model("image", "text", "audio", anchor="text"), random_inputs("image", "text", "audio")
-    found = loss_values(model, {**batch, "target": torch.arange(5)})
+    result = loss_values(model, {**batch, "target": torch.arange(5)})
     u = embeddings(model, batch)
-    assert set(found) == {"text-image", "text-audio"}
-    assert found["text-audio"] == pytest.approx(info_nce(u["text"], u["audio"], 1 / 0.07) / 2, rel=1e-5)
+    assert set(result) == {"text-image", "text-audio"}
+    assert result["text-audio"] == pytest.approx(info_nce(u["text"], u["audio"], 1 / 0.07) / 2, rel=1e-5)
     with pytest.raises(ConfigError, match=r"DualEncoder: expected a known anchor, got 'texts'\. Did you mean 'text'"):
         build_model(anchor="texts")
 
 
 def test_batch_with_missing_modality():
     model, batch = build_model("image", "text", "audio"), random_inputs("text", "audio")
-    found = loss_values(model, {**batch, "target": torch.arange(5)})
+    result = loss_values(model, {**batch, "target": torch.arange(5)})
     u = embeddings(model, batch)
-    assert list(found) == ["text-audio"]
-    assert found["text-audio"] == pytest.approx(info_nce(u["text"], u["audio"], 1 / 0.07), rel=1e-5)
+    assert list(result) == ["text-audio"]
+    assert result["text-audio"] == pytest.approx(info_nce(u["text"], u["audio"], 1 / 0.07), rel=1e-5)
 
 
 def test_sample_with_missing_caption():
@@ -154,14 +154,14 @@ def test_training_increases_similarity_of_pairs():
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    found = model.embed(batch)
-    assert eq.alignment.recall_at_k(found["image"] @ found["text"].T, 1) == 1.0
+    result = model.embed(batch)
+    assert eq.alignment.recall_at_k(result["image"] @ result["text"].T, 1) == 1.0
 
 
 def test_initial_scale_and_bias():
     assert float(build_model(scale=5.0).loss.log_scale.detach()) == pytest.approx(math.log(5.0))
-    made = build_model(loss="siglip", scale=3.0, bias=-2.0).loss
-    assert (float(made.log_scale.detach()), float(made.bias.detach())) == (pytest.approx(math.log(3.0)), -2.0)
+    model = build_model(loss="siglip", scale=3.0, bias=-2.0).loss
+    assert (float(model.log_scale.detach()), float(model.bias.detach())) == (pytest.approx(math.log(3.0)), -2.0)
     assert build_model(smoothing=0.1).loss.options["smoothing"] == 0.1
 
 
@@ -230,31 +230,31 @@ class ComposedData(MemoryData):
 @pytest.mark.parametrize("names", [("image", "text"), ("image", "text", "audio")])
 def test_retrieval_metrics_in_both_directions(names):
     model = build_model(*names)
-    found = model.evaluate(MemoryData(random_inputs(*names), torch.arange(5)))["metrics"]
+    result = model.evaluate(MemoryData(random_inputs(*names), torch.arange(5)))["metrics"]
     u = embeddings(model.eval(), random_inputs(*names))
     recalls = []
     for one in names:
         for other in names:
             if one != other:
                 cosines = torch.tensor(u[one] @ u[other].T)
-                own = [1 + int((row > row[place]).sum()) for place, row in enumerate(cosines)]
+                own = [1 + int((row > row[index]).sum()) for index, row in enumerate(cosines)]
                 recalls.append(sum(rank <= 1 for rank in own) / 5)
-                assert found[f"{one}_to_{other}/recall@1"] == pytest.approx(recalls[-1])
-                assert found[f"{one}_to_{other}/mrr"] == pytest.approx(sum(1 / rank for rank in own) / 5)
-                assert found[f"{one}_to_{other}/median_rank"] == sorted(own)[2]
-    assert found["recall@1"] == pytest.approx(sum(recalls) / len(recalls))
-    assert found["chance/recall@1"] == pytest.approx(1 / 5)
-    assert found["chance/recall@5"] == 1.0
-    assert {f"uniformity/{name}" for name in names} <= set(found)
-    assert f"cka/{names[0]}-{names[1]}" in found
-    assert "composed_to_image/recall@1" not in found
+                assert result[f"{one}_to_{other}/recall@1"] == pytest.approx(recalls[-1])
+                assert result[f"{one}_to_{other}/mrr"] == pytest.approx(sum(1 / rank for rank in own) / 5)
+                assert result[f"{one}_to_{other}/median_rank"] == sorted(own)[2]
+    assert result["recall@1"] == pytest.approx(sum(recalls) / len(recalls))
+    assert result["chance/recall@1"] == pytest.approx(1 / 5)
+    assert result["chance/recall@5"] == 1.0
+    assert {f"uniformity/{name}" for name in names} <= set(result)
+    assert f"cka/{names[0]}-{names[1]}" in result
+    assert "composed_to_image/recall@1" not in result
 
 
 def test_duplicates_count_as_correct():
     same = torch.eye(3)[[0, 0, 1]]
-    found = retrieval_metrics({"image": same, "text": same}, torch.tensor([4, 4, 7]))
-    assert found["recall@1"] == 1.0
-    assert found["chance/recall@1"] == pytest.approx((2 / 3 + 2 / 3 + 1 / 3) / 3)
+    result = retrieval_metrics({"image": same, "text": same}, torch.tensor([4, 4, 7]))
+    assert result["recall@1"] == 1.0
+    assert result["chance/recall@1"] == pytest.approx((2 / 3 + 2 / 3 + 1 / 3) / 3)
     apart = retrieval_metrics({"image": same, "text": same}, torch.tensor([4, 5, 7]))
     assert apart["recall@1"] == pytest.approx((1 / 2 + 1 / 2 + 1) / 3)
 
@@ -262,26 +262,26 @@ def test_duplicates_count_as_correct():
 def test_incomplete_pairs_are_excluded():
     one, other = torch.eye(4), torch.eye(4).clone()
     other[2] = 0
-    found = retrieval_metrics({"image": one, "text": other}, torch.arange(4))
-    assert found["chance/recall@1"] == pytest.approx(1 / 3)
+    result = retrieval_metrics({"image": one, "text": other}, torch.arange(4))
+    assert result["chance/recall@1"] == pytest.approx(1 / 3)
     assert retrieval_metrics({"image": one, "text": torch.zeros(4, 4)}, torch.arange(4)) == {}
     assert "cka/image-text" not in embedding_metrics({"image": one, "text": torch.zeros(4, 4)})
 
 
 def test_group_recall_uses_the_full_gallery():
     image, text = torch.eye(4), torch.eye(4)[[0, 1, 3, 2]]
-    found = retrieval_by_group({"image": image, "text": text}, torch.arange(4), ["a", "b", "b", "c"])
-    assert found == {"recall@1/a": 1.0, "recall@1/b": 0.5, "recall@1/c": 0.0}
+    result = retrieval_by_group({"image": image, "text": text}, torch.arange(4), ["a", "b", "b", "c"])
+    assert result == {"recall@1/a": 1.0, "recall@1/b": 0.5, "recall@1/c": 0.0}
     assert retrieval_by_group({"image": image, "text": torch.zeros(4, 4)}, torch.arange(4), list("abbc")) == {}
 
 
 def test_full_gallery_metrics():
     asks = {"image": torch.eye(3), "text": torch.eye(3)}
     more = {name: torch.cat([part, part[:1]]) for name, part in asks.items()}
-    found = full_gallery_metrics(asks, torch.arange(3), more, torch.tensor([0, 1, 2, 9]))
+    result = full_gallery_metrics(asks, torch.arange(3), more, torch.tensor([0, 1, 2, 9]))
     # The right item ties with a wrong one: it is first in half of the orders.
-    assert found["image_to_text_among_all/recall@1"] == pytest.approx((1 / 2 + 1 + 1) / 3)
-    assert found["image_to_text_among_all/recall@5"] == 1.0
+    assert result["image_to_text_among_all/recall@1"] == pytest.approx((1 / 2 + 1 + 1) / 3)
+    assert result["image_to_text_among_all/recall@5"] == 1.0
 
 
 def test_composition_metrics():
@@ -289,17 +289,17 @@ def test_composition_metrics():
     source = ComposedData(random_inputs(), torch.arange(5))
     held = {name: torch.from_numpy(part).float() for name, part in embeddings(model, random_inputs()).items()}
     with torch.no_grad():
-        found = composition_metrics(model, source, "test", held)
+        result = composition_metrics(model, source, "test", held)
         parts = model.embed({"text": torch.tensor([[1], [2], [3], [4]])})["text"]
     added = [parts[0] + parts[1], parts[2] + parts[3]]
     cosines = [[float(a @ held["image"][row] / a.norm()) for row in (0, 1)] for a in added]
     expected = ((cosines[0][0] - cosines[0][1]) + (cosines[1][1] - cosines[1][0])) / 2
-    assert found["compositionality/image"] == pytest.approx(expected, abs=1e-6)
+    assert result["compositionality/image"] == pytest.approx(expected, abs=1e-6)
     solved = ((cosines[0][0] > cosines[0][1]) + (cosines[1][1] > cosines[1][0])) / 2
-    assert found["composed_to_image/recall@1"] == solved
-    assert found["chance/composed_to_image/recall@1"] == 0.5
-    whole = evaluate_dual_encoder(model, source, "test")
-    assert whole["compositionality/image"] == pytest.approx(expected, abs=1e-6)
+    assert result["composed_to_image/recall@1"] == solved
+    assert result["chance/composed_to_image/recall@1"] == 0.5
+    full = evaluate_dual_encoder(model, source, "test")
+    assert full["compositionality/image"] == pytest.approx(expected, abs=1e-6)
 
 
 def test_evaluation_leaves_no_trace():
@@ -314,10 +314,10 @@ def test_evaluation_leaves_no_trace():
 def test_for_data_and_recipe_options():
     assert issubclass(DualEncoder, SelfContainedModel)
     assert eq.models.DualEncoder is DualEncoder
-    made = DualEncoder.for_data(
+    model = DualEncoder.for_data(
         MemoryData(random_inputs(), torch.arange(5)), build_encoders("image", "text"), dim=7, loss="siglip"
     )
-    assert made.embed(random_inputs())["text"].shape == (5, 7)
+    assert model.embed(random_inputs())["text"].shape == (5, 7)
     with pytest.raises(ConfigError, match="model 'dual_encoder': expected a known option of DualEncoder, got 'dims'"):
         DualEncoder.for_data(MemoryData(random_inputs(), torch.arange(5)), build_encoders("image", "text"), dims=7)
     scenes = MemoryData(
@@ -339,8 +339,8 @@ def test_text_given_as_vectors():
     towers = {"image": torch.nn.Flatten(), "text": torch.nn.Flatten()}
     towers["image"].dim, towers["text"].dim = 64, 216
     batch = source.batch("val", torch.arange(3), seed=0, epoch=0, train=False)
-    found = DualEncoder.for_data(source, towers, dim=5).embed(batch)
-    assert {name: part.shape for name, part in found.items()} == {"image": (3, 5), "text": (3, 5)}
+    result = DualEncoder.for_data(source, towers, dim=5).embed(batch)
+    assert {name: part.shape for name, part in result.items()} == {"image": (3, 5), "text": (3, 5)}
 
 
 @pytest.mark.parametrize("options", [{"dim": 0}, {"dropout": 1.0}, {"dropout": -0.1}])

@@ -41,13 +41,13 @@ def random_target(task):
     return (values > 0.5).long() if task == "multilabel" else values
 
 
-def expected_loss(task, logits, wanted):
+def expected_loss(task, logits, expected):
     total = 0.0
     for sample in range(len(logits)):
         if task == "classification":
-            total -= float(torch.log_softmax(logits[sample].double(), 0)[wanted[sample]])
+            total -= float(torch.log_softmax(logits[sample].double(), 0)[expected[sample]])
         for j in range(OUTPUTS) if task != "classification" else ():
-            p, y = logits[sample, j].double(), wanted[sample, j].double()
+            p, y = logits[sample, j].double(), expected[sample, j].double()
             if task == "multilabel":
                 total -= float(y * torch.log(torch.sigmoid(p)) + (1 - y) * torch.log(torch.sigmoid(-p))) / OUTPUTS
             else:
@@ -74,11 +74,11 @@ def test_forward_is_encoders_fusion_and_heads():
 @pytest.mark.parametrize("task", TASKS)
 def test_loss_of_each_task(task):
     model = build_model(task=task)
-    output, wanted = model(random_batch()), random_target(task)
-    loss = model.loss(output.logits, wanted)
-    assert float(loss.detach()) == pytest.approx(expected_loss(task, output.logits.detach(), wanted), rel=1e-5)
-    unimodal = sum(expected_loss(task, logits.detach(), wanted) for logits in output.unimodal_logits.values())
-    assert float(model.unimodal_loss(output, wanted).detach()) == pytest.approx(unimodal, rel=1e-5)
+    output, expected = model(random_batch()), random_target(task)
+    loss = model.loss(output.logits, expected)
+    assert float(loss.detach()) == pytest.approx(expected_loss(task, output.logits.detach(), expected), rel=1e-5)
+    unimodal = sum(expected_loss(task, logits.detach(), expected) for logits in output.unimodal_logits.values())
+    assert float(model.unimodal_loss(output, expected).detach()) == pytest.approx(unimodal, rel=1e-5)
 
 
 def test_single_output_regression_accepts_flat_target():
@@ -120,17 +120,17 @@ def test_task_loss_trains_encoders_but_not_probes():
 def test_unimodal_loss_excludes_samples_without_the_modality():
     model = build_model(unimodal="train")
     present = torch.tensor([True, False, True, True, False])
-    wanted = random_target("classification")
+    reference = random_target("classification")
     output = model(random_batch() | {"mask": {"image": present}})
-    expected = expected_loss("classification", output.unimodal_logits["image"].detach()[present], wanted[present])
-    expected += expected_loss("classification", output.unimodal_logits["audio"].detach(), wanted)
-    assert float(model.unimodal_loss(output, wanted).detach()) == pytest.approx(expected, rel=1e-5)
-    model.unimodal_loss(output, wanted).backward()
+    expected = expected_loss("classification", output.unimodal_logits["image"].detach()[present], reference[present])
+    expected += expected_loss("classification", output.unimodal_logits["audio"].detach(), reference)
+    assert float(model.unimodal_loss(output, reference).detach()) == pytest.approx(expected, rel=1e-5)
+    model.unimodal_loss(output, reference).backward()
     assert model.encoders["image"].weight.grad.any()
     masked = model(random_batch() | {"mask": {"image": torch.zeros(BATCH, dtype=torch.bool)}})
     gone = model(random_batch() | {"image": None})
-    assert torch.equal(model.unimodal_loss(masked, wanted), model.unimodal_loss(gone, wanted))
-    assert model.unimodal_loss(gone, wanted).isfinite()
+    assert torch.equal(model.unimodal_loss(masked, reference), model.unimodal_loss(gone, reference))
+    assert model.unimodal_loss(gone, reference).isfinite()
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -145,14 +145,14 @@ def test_unimodal_loss_needs_no_device_sync(task):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_unimodal_loss_of_each_task_with_missing_modality(task):
-    model, wanted = build_model(task=task), random_target(task)
+    model, reference = build_model(task=task), random_target(task)
     present = torch.tensor([False, True, False, True, True])
     output = model(random_batch() | {"mask": {"audio": present}})
     logits = {name: value.detach() for name, value in output.unimodal_logits.items()}
-    expected = expected_loss(task, logits["audio"][present], wanted[present]) + expected_loss(
-        task, logits["image"], wanted
+    expected = expected_loss(task, logits["audio"][present], reference[present]) + expected_loss(
+        task, logits["image"], reference
     )
-    assert float(model.unimodal_loss(output, wanted).detach()) == pytest.approx(expected, rel=1e-5)
+    assert float(model.unimodal_loss(output, reference).detach()) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -200,10 +200,10 @@ def test_sample_and_token_masks():
 
 def test_missing_modality_of_a_sample_equals_missing_in_the_batch():
     model, inputs = build_model().eval(), random_batch()
-    whole, without = model(inputs), model(inputs | {"image": None})
+    full, without = model(inputs), model(inputs | {"image": None})
     present = torch.tensor([True, False, True, True, False])
     mixed = model(inputs | {"mask": {"image": present}})
-    torch.testing.assert_close(mixed.logits[present], whole.logits[present], **TOL[torch.float32])
+    torch.testing.assert_close(mixed.logits[present], full.logits[present], **TOL[torch.float32])
     torch.testing.assert_close(mixed.logits[~present], without.logits[~present], **TOL[torch.float32])
     assert not without.share[..., 1].any()
     assert not mixed.share[~present][..., 1].any()
@@ -227,7 +227,7 @@ def test_extra_keys_and_key_order_do_not_matter():
 
 
 def test_saving_copying_and_accumulating():
-    model, inputs, wanted = build_model(unimodal="train"), random_batch(), random_target("classification")
+    model, inputs, expected = build_model(unimodal="train"), random_batch(), random_target("classification")
     other = build_model(unimodal="train", seed=1)
     assert not torch.equal(other(inputs).logits, model(inputs).logits)
     other.load_state_dict(model.state_dict())
@@ -237,13 +237,13 @@ def test_saving_copying_and_accumulating():
     model.double(), other.double()
     doubles = {name: value.double() for name, value in inputs.items()}
     output = model(doubles)
-    (model.loss(output.logits, wanted) + model.unimodal_loss(output, wanted)).backward()
+    (model.loss(output.logits, expected) + model.unimodal_loss(output, expected)).backward()
     for i in range(BATCH):
         piece = other({name: value[i : i + 1] for name, value in doubles.items()})
-        loss = other.loss(piece.logits, wanted[i : i + 1]) + other.unimodal_loss(piece, wanted[i : i + 1])
+        loss = other.loss(piece.logits, expected[i : i + 1]) + other.unimodal_loss(piece, expected[i : i + 1])
         (loss / BATCH).backward()
-    for whole, summed in zip(model.parameters(), other.parameters(), strict=True):
-        torch.testing.assert_close(summed.grad, whole.grad, **TOL[torch.float64])
+    for full, summed in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(summed.grad, full.grad, **TOL[torch.float64])
 
 
 def test_constructor_errors():
@@ -318,7 +318,7 @@ def test_width_and_target_errors():
 
 
 @pytest.mark.parametrize(
-    ("logits", "wanted", "message"),
+    ("logits", "expected", "message"),
     [
         (torch.zeros(BATCH, OUTPUTS), torch.zeros(BATCH, 1).long(), r"target of class indices .* a target \(5, 1\)"),
         (torch.zeros(BATCH, OUTPUTS), torch.zeros(3).long(), r"got logits \(5, 3\) and a target \(3,\)"),
@@ -333,17 +333,17 @@ def test_width_and_target_errors():
         (torch.zeros(2, OUTPUTS), torch.tensor([-1, 0]), r"got indices from -1 to 0\. Number classes from 0"),
     ],
 )
-def test_class_index_errors(logits, wanted, message):
+def test_class_index_errors(logits, expected, message):
     with pytest.raises(ShapeError, match=r"FusionModel\.loss: .*" + message):
-        build_model().loss(logits, wanted)
+        build_model().loss(logits, expected)
 
 
 def test_integer_dtypes_of_class_indices():
     logits = torch.randn(BATCH, OUTPUTS, generator=torch.Generator().manual_seed(0))
-    wanted = random_target("classification")
-    losses = [build_model().loss(logits, wanted.to(dtype)) for dtype in (torch.int64, torch.int32, torch.uint8)]
+    expected = random_target("classification")
+    losses = [build_model().loss(logits, expected.to(dtype)) for dtype in (torch.int64, torch.int32, torch.uint8)]
     assert losses[0] == losses[1] == losses[2]
-    assert build_model().loss(logits[:0], wanted[:0]).isnan()
+    assert build_model().loss(logits[:0], expected[:0]).isnan()
 
 
 def test_non_dict_batch_and_mask_errors():

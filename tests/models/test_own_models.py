@@ -80,7 +80,7 @@ def check_watch(kind):
 def check_rotation(kind):
     adapted, path = build_adapted(kind), MODELS[kind][2]
     data = batches(kind)[0]
-    labels = [found for found in adapted.key_labels(data).values() if isinstance(found, torch.Tensor)]
+    labels = [result for result in adapted.key_labels(data).values() if isinstance(result, torch.Tensor)]
     if path is None or not labels:
         raise eq.errors.ConfigError(
             "RollingQ", expected="attention over several modalities", got="attention inside encoders"
@@ -101,11 +101,11 @@ def check_rotation(kind):
 
 def check_resume(kind):
     """Two steps, saving and two steps equal four steps."""
-    whole, first = build_adapted(kind), build_adapted(kind)
-    for adapted in (whole, first):
+    full, first = build_adapted(kind), build_adapted(kind)
+    for adapted in (full, first):
         adapted.eval().train(False)
-    expected = [eq.balance.OGM(whole)]
-    train(whole, expected, steps=4)
+    expected = [eq.balance.OGM(full)]
+    train(full, expected, steps=4)
     balancers = [eq.balance.OGM(first)]
     train(first, balancers)
     state, kept = copy.deepcopy(first.state_dict()), balancers[0].state_dict()
@@ -114,13 +114,13 @@ def check_resume(kind):
     again = [eq.balance.OGM(second)]
     again[0].load_state_dict(kept)
     train(second, again)
-    for one, other in zip(whole.parameters(), second.parameters(), strict=True):
+    for one, other in zip(full.parameters(), second.parameters(), strict=True):
         assert torch.equal(one, other)
 
 
 def check_diagnosis(kind):
-    found = eq.diagnose(build_adapted(kind), batches(kind), tests=["score", "noise", "masking", "gradients"])
-    assert not found.skipped
+    result = eq.diagnose(build_adapted(kind), batches(kind), tests=["score", "noise", "masking", "gradients"])
+    assert not result.skipped
 
 
 def check_noise_response(kind):

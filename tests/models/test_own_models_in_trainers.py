@@ -106,14 +106,14 @@ def trained(name):
 
 def resumed(fit, folder):
     """One epoch, saving and one epoch equal two epochs."""
-    whole, balancers = fit(ogm, folder)
+    full, balancers = fit(ogm, folder)
     if fit is under_lightning:
         fit(ogm, folder, epochs=1, save=folder / "one.ckpt")
         first = str(folder / "one.ckpt")
     else:
         first = str(folder / "checkpoint-3")
     again, others = fit(ogm, folder / "again", resume=first)
-    for one, other in zip(whole.parameters(), again.parameters(), strict=True):
+    for one, other in zip(full.parameters(), again.parameters(), strict=True):
         assert torch.equal(one, other)
     assert int(balancers[0].epoch) == int(others[0].epoch) == 2
 

@@ -19,7 +19,7 @@ from helpers.runs import assert_same_weights, reproducible_metrics, run_interrup
 
 def recipe(**train):
     """A shared space of three modalities, tiny."""
-    made = recipes.Recipe(
+    config = recipes.Recipe(
         data={"name": "generated", "samples": 60},
         encoders={
             "audio": {"name": "SequenceEncoder", "dim": 8, "depth": 1, "heads": 2, "stride": 8},
@@ -31,7 +31,7 @@ def recipe(**train):
         methods=["softmax", "sigmoid"],
         seeds=1,
     )
-    return made.with_train(**{"epochs": 3, "batch_size": 20, **train})
+    return config.with_train(**{"epochs": 3, "batch_size": 20, **train})
 
 
 def test_resume_matches_uninterrupted_run(tmp_path):

@@ -57,13 +57,13 @@ def test_losses_cover_predicted_words_only(kind):
     terms = {"answer": [], "caption": []}
     for row in range(7):
         name = "caption" if small_scenes().kinds("train")[row] == "caption" else "answer"
-        for place, word in enumerate(stream.labels[row].tolist()):
+        for index, word in enumerate(stream.labels[row].tolist()):
             if word != IGNORED:
-                terms[name].append(-logits[row, place - 1].log_softmax(dim=0)[word])
-    found = model.losses(part)
-    assert set(found) == set(terms)
+                terms[name].append(-logits[row, index - 1].log_softmax(dim=0)[word])
+    result = model.losses(part)
+    assert set(result) == set(terms)
     for name, values in terms.items():
-        torch.testing.assert_close(found[name].double(), sum(values) / len(values), **EXACT)
+        torch.testing.assert_close(result[name].double(), sum(values) / len(values), **EXACT)
 
 
 @pytest.mark.parametrize("kind", CONNECTORS)
@@ -104,27 +104,27 @@ def test_answer_is_the_most_likely_next_word(kind):
     part = batch(16)
     asks = part["target"] != IGNORED
     part = {name: values[asks] for name, values in part.items()}
-    found = model.answer(part)
+    result = model.answer(part)
     bare = part["text"].masked_fill(part["labels"] != IGNORED, IDS["<pad>"])
-    assert torch.equal(model.answer({"image": part["image"], "text": bare}), found)
-    for row, place in enumerate(part["index"].tolist()):
-        text = torch.tensor([[IDS[word] for word in data.words("train", place)[:-1]]])
+    assert torch.equal(model.answer({"image": part["image"], "text": bare}), result)
+    for row, index in enumerate(part["index"].tolist()):
+        text = torch.tensor([[IDS[word] for word in data.words("train", index)[:-1]]])
         stream = model.stream(model.patches(part["image"][row : row + 1]), text)
-        assert int(model.logits(stream)[0, -1].argmax()) == int(found[row])
+        assert int(model.logits(stream)[0, -1].argmax()) == int(result[row])
 
 
 @pytest.mark.parametrize("kind", CONNECTORS)
 def test_captions_are_greedy(kind):
     model, part = build_vlm(kind, seed=3), batch(5)
-    found = model.caption(part, longest=6)
-    assert found.shape[1] <= 6
-    text = torch.cat([encode("describe").expand(5, -1), found], dim=1)
+    result = model.caption(part, longest=6)
+    assert result.shape[1] <= 6
+    text = torch.cat([encode("describe").expand(5, -1), result], dim=1)
     logits = model.logits(model.stream(model.patches(part["image"]), text))
-    said = logits.argmax(dim=-1)[:, -found.shape[1] - 1 : -1]
+    message = logits.argmax(dim=-1)[:, -result.shape[1] - 1 : -1]
     for row in range(5):
-        words = found[row].tolist()
+        words = result[row].tolist()
         end = words.index(IDS["<end>"]) + 1 if IDS["<end>"] in words else len(words)
-        assert said[row, :end].tolist() == words[:end]
+        assert message[row, :end].tolist() == words[:end]
         assert set(words[end:]) <= {IDS["<pad>"]}
 
 
@@ -172,28 +172,28 @@ class StoredAnswers(VisionLanguageModel):
         return torch.stack([self.known.get(image.sum().item(), torch.tensor([0]))[0] for image in batch["image"]])
 
     def caption(self, batch):
-        said = [self.known.get(image.sum().item(), torch.tensor([0])) for image in batch["image"]]
-        return torch.nn.utils.rnn.pad_sequence(said, batch_first=True)
+        message = [self.known.get(image.sum().item(), torch.tensor([0])) for image in batch["image"]]
+        return torch.nn.utils.rnn.pad_sequence(message, batch_first=True)
 
 
 def test_metrics_of_a_model_with_stored_answers():
     source = small_scenes()
     row = evaluate_vlm(StoredAnswers(source, "test"), source)
-    found = row["metrics"]
+    result = row["metrics"]
     kinds = set(source.kinds("test"))
-    assert {f"accuracy/{kind}" for kind in kinds if kind != "caption"} <= set(found)
-    for name, value in found.items():
+    assert {f"accuracy/{kind}" for kind in kinds if kind != "caption"} <= set(result)
+    for name, value in result.items():
         if "shuffled" not in name and "blank" not in name:
             assert value == 1.0
     truth = {}
-    for place in range(len(source.test)):
-        labels = source.test.inputs["labels"][place]
-        truth[place] = decode_text(labels[labels != IGNORED].tolist())
+    for index in range(len(source.test)):
+        labels = source.test.inputs["labels"][index]
+        truth[index] = decode_text(labels[labels != IGNORED].tolist())
     other = derangement(len(truth)).tolist()
-    asks = [place for place in truth if source.kinds("test")[place] != "caption"]
-    right = [truth[other[place]].split()[0] == truth[place] for place in asks]
-    assert found["accuracy_shuffled"] == pytest.approx(sum(right) / len(right))
-    assert found["accuracy_blank"] == found["caption_exact_blank"] == 0.0
+    asks = [index for index in truth if source.kinds("test")[index] != "caption"]
+    right = [truth[other[index]].split()[0] == truth[index] for index in asks]
+    assert result["accuracy_shuffled"] == pytest.approx(sum(right) / len(right))
+    assert result["accuracy_blank"] == result["caption_exact_blank"] == 0.0
     assert row["examples"][2] == {
         "question": " ".join(source.words("test", 2)[1:-1]), "answer": truth[2], "said": truth[2]
     }  # fmt: skip
@@ -201,14 +201,14 @@ def test_metrics_of_a_model_with_stored_answers():
 
 def test_every_sample_has_a_reply_and_a_swapped_image():
     source, model = small_scenes(), build_vlm()
-    assert sorted(place for place, _ in generate_answers(model, source, "test")) == list(range(len(source.test)))
+    assert sorted(index for index, _ in generate_answers(model, source, "test")) == list(range(len(source.test)))
     order = derangement(11).tolist()
-    place, met = 0, []
+    index, met = 0, []
     for _ in range(11):
-        met.append(place)
-        place = order[place]
+        met.append(index)
+        index = order[index]
     assert sorted(met) == list(range(11))
-    assert place == 0
+    assert index == 0
 
 
 def test_hand_computed_word_f1():

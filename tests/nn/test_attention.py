@@ -55,8 +55,8 @@ def route(request, monkeypatch):
 def _heads(dtype=torch.float64, *, queries=Q, keys=K, key_heads=H, dim=D, seed=0, grad=False):
     generator = torch.Generator().manual_seed(seed)
     shapes = ((B, H, queries, D), (B, key_heads, keys, D), (B, key_heads, keys, dim))
-    made = [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
-    return [tensor.requires_grad_(grad) for tensor in made]
+    result = [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+    return [tensor.requires_grad_(grad) for tensor in result]
 
 
 BLOCKS = torch.tensor([-1] + [0] * 5 + [1] * 3 + [2] * 4)
@@ -102,23 +102,23 @@ def _compare(modality, mask, *, is_causal=False, queries=Q, key_heads=H, dim=D, 
     inputs = _heads(queries=queries, key_heads=key_heads, dim=dim, grad=True)
     twins = [tensor.detach().clone().requires_grad_() for tensor in inputs]
     output, share = attend(*inputs, modality=modality, num_modalities=3, mask=passed, is_causal=is_causal, scale=scale)
-    wanted, wanted_share, special = oracles.attend(*twins, modality, 3, plain, is_causal, scale)
-    torch.testing.assert_close(output, wanted, **TOL[torch.float64])
+    expected, wanted_share, special = oracles.attend(*twins, modality, 3, plain, is_causal, scale)
+    torch.testing.assert_close(output, expected, **TOL[torch.float64])
     torch.testing.assert_close(share, wanted_share, **TOL[torch.float64])
     alive = (share.sum(-1) + special).round().bool()
     torch.testing.assert_close(share.sum(-1) + special, alive.double(), **TOL[torch.float64])
     weights = [torch.randn(t.shape, dtype=t.dtype, generator=torch.Generator().manual_seed(2)) for t in (output, share)]
     for pick in ((1.0, 0.0), (0.0, 1.0), (1.0, 1.0)):
         ours = _gradients(output, share, weights, pick, inputs)
-        theirs = _gradients(wanted, wanted_share, weights, pick, twins)
+        theirs = _gradients(expected, wanted_share, weights, pick, twins)
         for got, right in zip(ours, theirs, strict=True):
             torch.testing.assert_close(got, right, **TOL[torch.float64])
 
 
 def _gradients(output, share, weights, pick, inputs):
     parts = [c * (w * t).sum() for c, w, t in zip(pick, weights, (output, share), strict=True) if c]
-    found = torch.autograd.grad(sum(parts), inputs, retain_graph=True, allow_unused=True)
-    return [torch.zeros_like(t) if g is None else g for g, t in zip(found, inputs, strict=True)]
+    result = torch.autograd.grad(sum(parts), inputs, retain_graph=True, allow_unused=True)
+    return [torch.zeros_like(t) if g is None else g for g, t in zip(result, inputs, strict=True)]
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
@@ -149,14 +149,14 @@ def test_dtypes(route, dtype):
     inputs = _heads(dtype, grad=True)
     twins = [tensor.detach().double().requires_grad_() for tensor in inputs]
     output, share = attend(*inputs, modality=MIXED, num_modalities=3, mask=MASKS["key"][0])
-    wanted, wanted_share, _ = oracles.attend(*twins, MIXED, 3, MASKS["key"][1])
+    expected, wanted_share, _ = oracles.attend(*twins, MIXED, 3, MASKS["key"][1])
     assert output.dtype == dtype
     assert share.dtype == torch.float32
-    torch.testing.assert_close(output.double(), wanted, **TOL[dtype])
+    torch.testing.assert_close(output.double(), expected, **TOL[dtype])
     torch.testing.assert_close(share.double(), wanted_share, **TOL[torch.float32])
     weights = [torch.linspace(-1, 1, t.numel(), dtype=torch.float64).view(t.shape) for t in (output, share)]
     ours = _gradients(output, share, weights, (1.0, 1.0), inputs)
-    theirs = _gradients(wanted, wanted_share, weights, (1.0, 1.0), twins)
+    theirs = _gradients(expected, wanted_share, weights, (1.0, 1.0), twins)
     # A gradient sums many rounded terms: rounding is relative to the largest of them.
     for got, right in zip(ours, theirs, strict=True):
         size = right.abs().max()
@@ -192,10 +192,10 @@ def test_row_without_keys_is_zero_without_modality(is_causal):
     inputs = _heads(grad=True)
     for passed, plain in (MASKS["sample without keys"], MASKS["additive"]):
         output, share = attend(*inputs, mask=passed, is_causal=is_causal)
-        wanted, _, _ = oracles.attend(*inputs, BLOCKS, 3, plain, is_causal)
+        expected, _, _ = oracles.attend(*inputs, BLOCKS, 3, plain, is_causal)
         assert share is None
-        torch.testing.assert_close(output, wanted, **TOL[torch.float64])
-        ours, theirs = (torch.autograd.grad(t.square().sum(), inputs) for t in (output, wanted))
+        torch.testing.assert_close(output, expected, **TOL[torch.float64])
+        ours, theirs = (torch.autograd.grad(t.square().sum(), inputs) for t in (output, expected))
         for got, right in zip(ours, theirs, strict=True):
             torch.testing.assert_close(got, right, **TOL[torch.float64])
 
@@ -203,8 +203,8 @@ def test_row_without_keys_is_zero_without_modality(is_causal):
 def test_without_modality_equals_torch():
     query, key, value = _heads(torch.float32, key_heads=H)
     for is_causal in (False, True):
-        wanted = F.scaled_dot_product_attention(query, key, value, is_causal=is_causal)
-        assert torch.equal(attend(query, key, value, is_causal=is_causal).output, wanted)
+        expected = F.scaled_dot_product_attention(query, key, value, is_causal=is_causal)
+        assert torch.equal(attend(query, key, value, is_causal=is_causal).output, expected)
 
 
 @pytest.mark.parametrize("shape", [(B, 0, K), (0, Q, K), (B, Q, 0)])
@@ -276,14 +276,14 @@ def test_more_modalities_than_head_width(route):
 def test_tiling_does_not_change_results(monkeypatch):
     monkeypatch.setattr(attention, "FEW_QUERIES", 0)
     inputs = _heads(key_heads=2)
-    whole = attend(*inputs, modality=MIXED, mask=MASKS["additive"][0])
+    full = attend(*inputs, modality=MIXED, mask=MASKS["additive"][0])
     monkeypatch.setattr(segments, "ROWS_PER_THREAD", 1)
     monkeypatch.setattr(segments, "TILES", 10**9)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     pieces = attend(*inputs, modality=MIXED, mask=MASKS["additive"][0])
     assert len(list(segments._tiles(inputs[0], inputs[1]))) == B * 2
-    torch.testing.assert_close(pieces.output, whole.output, **TOL[torch.float64])
-    torch.testing.assert_close(pieces.share, whole.share, **TOL[torch.float64])
+    torch.testing.assert_close(pieces.output, full.output, **TOL[torch.float64])
+    torch.testing.assert_close(pieces.share, full.share, **TOL[torch.float64])
 
 
 def test_segments_are_attention_within_a_modality():
@@ -332,9 +332,9 @@ def test_under_compile(queries):
     def compiled(query, key, value):
         return attend(query, key, value, modality=MIXED, num_modalities=3)
 
-    got, wanted = compiled(*inputs), attend(*inputs, modality=MIXED, num_modalities=3)
-    torch.testing.assert_close(got.output, wanted.output, **TOL[torch.float32])
-    torch.testing.assert_close(got.share, wanted.share, **TOL[torch.float32])
+    got, expected = compiled(*inputs), attend(*inputs, modality=MIXED, num_modalities=3)
+    torch.testing.assert_close(got.output, expected.output, **TOL[torch.float32])
+    torch.testing.assert_close(got.share, expected.share, **TOL[torch.float32])
 
 
 def test_functional_gradients(route):
@@ -345,8 +345,8 @@ def test_functional_gradients(route):
         return output.sum() + share[..., 0].square().sum()
 
     leaf = query.clone().requires_grad_()
-    (wanted,) = torch.autograd.grad(loss(leaf), leaf)
-    torch.testing.assert_close(torch.func.grad(loss)(query), wanted, **TOL[torch.float64])
+    (expected,) = torch.autograd.grad(loss(leaf), leaf)
+    torch.testing.assert_close(torch.func.grad(loss)(query), expected, **TOL[torch.float64])
 
 
 def test_strided_inputs(route):
@@ -356,9 +356,9 @@ def test_strided_inputs(route):
     output, share = attend(*(t.transpose(1, 2) for t in (query, key, value)), modality=BLOCKS)
     (grad,) = torch.autograd.grad(output.mean() + share[..., 1].mean(), packed)
     twins = [t.detach().transpose(1, 2).clone().requires_grad_() for t in (query, key, value)]
-    wanted, wanted_share, _ = oracles.attend(*twins, BLOCKS, 3)
-    torch.testing.assert_close(output, wanted, **TOL[torch.float64])
-    right = torch.autograd.grad(wanted.mean() + wanted_share[..., 1].mean(), twins)
+    expected, wanted_share, _ = oracles.attend(*twins, BLOCKS, 3)
+    torch.testing.assert_close(output, expected, **TOL[torch.float64])
+    right = torch.autograd.grad(expected.mean() + wanted_share[..., 1].mean(), twins)
     torch.testing.assert_close(grad, torch.stack([g.transpose(1, 2) for g in right], dim=2), **TOL[torch.float64])
 
 
@@ -408,8 +408,8 @@ def test_merging_modalities_adds_their_shares(modality):
     inputs = _heads(queries=37)
     apart = attend(*inputs, modality=modality, num_modalities=3).share
     together = attend(*inputs, modality=modality.clamp(max=1), num_modalities=2).share
-    wanted = torch.stack([apart[..., 0], apart[..., 1] + apart[..., 2]], dim=-1)
-    torch.testing.assert_close(together, wanted, **TOL[torch.float64])
+    expected = torch.stack([apart[..., 0], apart[..., 1] + apart[..., 2]], dim=-1)
+    torch.testing.assert_close(together, expected, **TOL[torch.float64])
 
 
 @given(labels, st.integers(0, 2**16))

@@ -62,13 +62,13 @@ def allowed_length(scope, modality, mask, prefix=None):
 def test_basis_against_loops(basis, norm, fuse, scope):
     key, value, modality, mask = random_inputs()
     aligner = build_trained(basis=basis, norm=norm, fuse=fuse, basis_scope=scope, mix="learned")
-    found = aligner(key, value, modality=modality, mask=mask).key
-    wanted = aligned(
+    result = aligner(key, value, modality=modality, mask=mask).key
+    expected = aligned(
         key, value, modality, mask, aligner.state_dict(), count=3, kind=basis, norm_kind=norm,
         upto=allowed_length(scope, modality, mask),
     )  # fmt: skip
-    seen = mask[:, None, :, None].expand_as(found)
-    torch.testing.assert_close(found[seen], wanted[seen], **EXACT)
+    seen = mask[:, None, :, None].expand_as(result)
+    torch.testing.assert_close(result[seen], expected[seen], **EXACT)
 
 
 @scopes
@@ -78,13 +78,13 @@ def test_any_number_of_modalities_against_loops(scope, count, normalize):
     key, value, modality, mask = random_inputs(count, ragged=False)
     aligner = build_trained(count, basis_scope=scope, normalize_keys=normalize, mix="learned")
     prefix = torch.tensor([7, 11])
-    found = aligner(key, value, modality=modality, mask=mask, prefix=prefix).key
-    wanted = aligned(
+    result = aligner(key, value, modality=modality, mask=mask, prefix=prefix).key
+    expected = aligned(
         key, value, modality, mask, aligner.state_dict(), count=count, normalize=normalize,
         upto=allowed_length(scope, modality, mask, prefix),
     )  # fmt: skip
-    seen = mask[:, None, :, None].expand_as(found)
-    torch.testing.assert_close(found[seen], wanted[seen], **EXACT)
+    seen = mask[:, None, :, None].expand_as(result)
+    torch.testing.assert_close(result[seen], expected[seen], **EXACT)
 
 
 @kinds
@@ -103,8 +103,8 @@ def test_directions_change_only_selected_keys(directions, scope):
     key, value, modality, _ = random_inputs()
     aligner = build_trained(directions=directions, basis_scope=scope)
     assert aligner.weight.shape == (len(directions), 2 * DIM, DIM)
-    found = aligner(key, value, modality=modality).key
-    changed = (found != key).any(dim=(1, 3))
+    result = aligner(key, value, modality=modality).key
+    changed = (result != key).any(dim=(1, 3))
     assert torch.equal(changed, torch.isin(modality, torch.tensor(directions)))
 
 
@@ -114,10 +114,10 @@ def test_missing_modality_has_the_identity_basis(scope, gone):
     key, value, modality, _ = random_inputs(2, ragged=False)
     modality = modality.masked_fill(modality == gone, -1)
     aligner = build_trained(2, basis_scope=scope)
-    found = aligner(key, value, modality=modality, prefix=LENGTH).key
+    result = aligner(key, value, modality=modality, prefix=LENGTH).key
     keep, mapped = aligner.weight[1 - gone].split(DIM)
     here = modality == 1 - gone
-    torch.testing.assert_close(found[:, :, here], key[:, :, here] @ (keep + mapped), **EXACT)
+    torch.testing.assert_close(result[:, :, here], key[:, :, here] @ (keep + mapped), **EXACT)
 
 
 def test_no_tokens_and_no_samples():
@@ -132,21 +132,21 @@ def test_no_tokens_and_no_samples():
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_the_scope_depends_on_causality(is_causal):
     key, value, modality, _ = random_inputs()
-    found = build_trained()(key, value, modality=modality, is_causal=is_causal).key
-    said = build_trained(basis_scope="prefix" if is_causal else "all")(key, value, modality=modality).key
-    assert torch.equal(found, said)
+    result = build_trained()(key, value, modality=modality, is_causal=is_causal).key
+    message = build_trained(basis_scope="prefix" if is_causal else "all")(key, value, modality=modality).key
+    assert torch.equal(result, message)
 
 
 @kinds
 @settings(max_examples=3, deadline=None)
-@given(seed=st.integers(0, 99), place=st.integers(1, LENGTH - 1))
-def test_no_information_from_later_keys(basis, norm, seed, place):
+@given(seed=st.integers(0, 99), index=st.integers(1, LENGTH - 1))
+def test_no_information_from_later_keys(basis, norm, seed, index):
     key, value, modality, mask = random_inputs(seed=seed)
-    future = [torch.cat([x[:, :, :place], x[:, :, place:] + 3.0], dim=2) for x in (key, value)]
-    for scope, told in (("causal", None), ("prefix", place)):
+    future = [torch.cat([x[:, :, :index], x[:, :, index:] + 3.0], dim=2) for x in (key, value)]
+    for scope, messages in (("causal", None), ("prefix", index)):
         aligner = build_trained(basis=basis, norm=norm, basis_scope=scope)
-        before = aligner(key, value, modality=modality, mask=mask, prefix=told).key[:, :, :place]
-        after = aligner(*future, modality=modality, mask=mask, prefix=told).key[:, :, :place]
+        before = aligner(key, value, modality=modality, mask=mask, prefix=messages).key[:, :, :index]
+        after = aligner(*future, modality=modality, mask=mask, prefix=messages).key[:, :, :index]
         torch.testing.assert_close(after, before, **EXACT)
 
 
@@ -164,7 +164,7 @@ def test_scope_all_uses_later_keys_as_published():
 def test_decoding_equals_one_pass(basis, norm, scope):
     key, value, modality, mask = random_inputs()
     aligner = build_trained(basis=basis, norm=norm, basis_scope=scope)
-    whole = aligner(key, value, modality=modality, mask=mask, prefix=7).key
+    full = aligner(key, value, modality=modality, mask=mask, prefix=7).key
     parts, state = [], None
     for start, stop in ((0, 7), (7, 8), (8, 15), (15, 17)):
         here = slice(start, stop)
@@ -173,7 +173,7 @@ def test_decoding_equals_one_pass(basis, norm, scope):
         )
         parts.append(part)
     torch.testing.assert_close(torch.cat(parts, 2)[mask[:, None, :, None].expand_as(key)],
-                               whole[mask[:, None, :, None].expand_as(key)], **EXACT)  # fmt: skip
+                               full[mask[:, None, :, None].expand_as(key)], **EXACT)  # fmt: skip
 
 
 @kinds
@@ -197,9 +197,9 @@ def test_equal_keys_have_no_covariance_and_finite_gradients(norm, scope):
     key, value, modality, _ = random_inputs(2)
     key = key[:, :, :1].expand_as(key).float().clone().requires_grad_()
     aligner = build_trained(2, basis="covariance", norm=norm, basis_scope=scope).float()
-    found = aligner(key, value.float(), modality=modality, prefix=LENGTH).key
-    found.square().sum().backward()
-    assert found.isfinite().all()
+    result = aligner(key, value.float(), modality=modality, prefix=LENGTH).key
+    result.square().sum().backward()
+    assert result.isfinite().all()
     assert key.grad.isfinite().all()
     assert key.grad.abs().max() < 1e4
 
@@ -210,9 +210,9 @@ class TestBasis:
     @pytest.mark.parametrize("basis", ["gram", "covariance"])
     @pytest.mark.parametrize("norm", ["fro", "spectral", "trace", "none"])
     def test_is_symmetric_positive_semidefinite(self, basis, norm):
-        found = basis_of(self.keys, basis=basis, norm=norm)
-        torch.testing.assert_close(found, found.T, **EXACT)
-        assert torch.linalg.eigvalsh(found).min() > -EXACT["rtol"]
+        result = basis_of(self.keys, basis=basis, norm=norm)
+        torch.testing.assert_close(result, result.T, **EXACT)
+        assert torch.linalg.eigvalsh(result).min() > -EXACT["rtol"]
 
     @kinds
     def test_order_of_tokens_does_not_matter(self, basis, norm):
@@ -243,8 +243,8 @@ class TestBasis:
         assert (mapped.norm(dim=-1) <= others.norm(dim=-1) * (1 + EXACT["rtol"])).all()
 
     def test_half_precision_does_not_overflow(self):
-        found = basis_of(torch.full((70000, 2), 250.0, dtype=torch.float16), norm="fro", normalize_keys=False)
-        torch.testing.assert_close(found, torch.full((2, 2), 0.5), **TOL[torch.float32])
+        result = basis_of(torch.full((70000, 2), 250.0, dtype=torch.float16), norm="fro", normalize_keys=False)
+        torch.testing.assert_close(result, torch.full((2, 2), 0.5), **TOL[torch.float32])
 
 
 @pytest.mark.parametrize(

@@ -42,29 +42,29 @@ class TestAttention:
         if labels is not None:
             shape = (41,) if labels == "shared" else (2, 41)
             modality = torch.randint(-1, 2, shape, generator=torch.Generator().manual_seed(2))
-        found = []
+        actual = []
         for fill in (0.0, *FILLS):
             query, hidden = random_heads(2, 4, rows, 8, seed=0).requires_grad_(), ~key_mask[:, None, :, None]
             key, value = (random_heads(2, 2, 41, 8, seed=s).masked_fill(hidden, fill).requires_grad_() for s in (1, 2))
             options = {"modality": modality, "num_modalities": 2} if labels else {}
             result = attend(query, key, value, mask=mask, is_causal=causal, **options)
-            found.append(outputs_and_gradients(result, (query, key, value)))
+            actual.append(outputs_and_gradients(result, (query, key, value)))
             if labels:
                 share = shares(query, key, mask=mask, is_causal=causal, **options)
                 torch.testing.assert_close(share, result.share)
-        for made in found[1:]:
-            assert_equal_and_finite(made, found[0])
+        for outcome in actual[1:]:
+            assert_equal_and_finite(outcome, actual[0])
 
     @pytest.mark.parametrize("mask", [None, "some"])
     def test_keys_after_the_last_query(self, mask):
         hidden = None if mask is None else torch.ones(2, 5, dtype=torch.bool)
-        found = []
+        result = []
         for fill in (0.0, math.nan):
             query, key = random_heads(2, 1, 3, 8, seed=0).requires_grad_(), random_heads(2, 1, 5, 8, seed=1)
             key[:, :, 3:] = fill
             key.requires_grad_()
-            found.append(outputs_and_gradients(attend(query, key, key, mask=hidden, is_causal=True)[:1], (query, key)))
-        assert_equal_and_finite(found[1], found[0])
+            result.append(outputs_and_gradients(attend(query, key, key, mask=hidden, is_causal=True)[:1], (query, key)))
+        assert_equal_and_finite(result[1], result[0])
 
     @pytest.mark.parametrize("merge", ["mass", "gate", "sum", "concat"])
     @pytest.mark.parametrize("length", [5, 37])
@@ -74,7 +74,7 @@ class TestAttention:
         mask[:, 0] = True
         modality = torch.randint(-1, 2, (length,), generator=torch.Generator().manual_seed(2))
         gate = torch.zeros(2, 1, dtype=torch.float64) if merge == "gate" else None
-        found = []
+        actual = []
         for fill in (0.0, *FILLS):
             query, hidden = random_heads(2, 2, length, 8, seed=0).requires_grad_(), ~mask[:, None, :, None]
             key, value = (
@@ -84,9 +84,9 @@ class TestAttention:
                 query, key, value, modality=modality, mask=mask, is_causal=causal, merge=merge, gate=gate,
                 pseudo=PseudoAttention(count="all_masked"),
             )  # fmt: skip
-            found.append(outputs_and_gradients((result.output,), (query, key, value)))
-        for made in found[1:]:
-            assert_equal_and_finite(made, found[0])
+            actual.append(outputs_and_gradients((result.output,), (query, key, value)))
+        for outcome in actual[1:]:
+            assert_equal_and_finite(outcome, actual[0])
 
     @pytest.mark.parametrize("basis", ["gram", "key_value", "covariance"])
     @pytest.mark.parametrize("scope", ["all", "prefix", "causal"])
@@ -99,29 +99,29 @@ class TestAttention:
         with torch.no_grad():
             for parameter in aligner.parameters():
                 parameter.add_(0.3 * torch.randn_like(parameter))
-        found = []
+        actual = []
         for fill in (0.0, *FILLS):
             hidden = ~mask[:, None, :, None]
             key, value = (random_heads(2, 3, 17, 4, seed=s).masked_fill(hidden, fill).requires_grad_() for s in (1, 2))
-            made = aligner(key, value, modality=modality, mask=mask).key
-            seen = made.masked_fill(hidden, 0.0)
-            found.append(outputs_and_gradients((seen,), (key, *aligner.parameters())))
-            assert torch.equal(made.isfinite(), key.isfinite())
-        for made in found[1:]:
-            assert_equal_and_finite(made, found[0])
+            result = aligner(key, value, modality=modality, mask=mask).key
+            seen = result.masked_fill(hidden, 0.0)
+            actual.append(outputs_and_gradients((seen,), (key, *aligner.parameters())))
+            assert torch.equal(result.isfinite(), key.isfinite())
+        for result in actual[1:]:
+            assert_equal_and_finite(result, actual[0])
 
     @pytest.mark.parametrize("name", LAYERS)
     def test_layers(self, name):
         torch.manual_seed(0)
         layer = LAYERS[name]().double()
-        mask, found = torch.tensor([[True, False, True, True, False], [True] * 4 + [False]]), []
+        mask, result = torch.tensor([[True, False, True, True, False], [True] * 4 + [False]]), []
         for fill in (0.0, math.nan, math.inf):
             tokens = random_heads(2, 5, 8, seed=0).masked_fill(~mask[..., None], fill).requires_grad_()
-            made = layer(tokens, mask=mask)
-            made = (made if isinstance(made, torch.Tensor) else made.output)[mask]
-            found.append(outputs_and_gradients((made,), (tokens, *layer.parameters())))
-        for made in found[1:]:
-            assert_equal_and_finite(made, found[0])
+            module = layer(tokens, mask=mask)
+            module = (module if isinstance(module, torch.Tensor) else module.output)[mask]
+            result.append(outputs_and_gradients((module,), (tokens, *layer.parameters())))
+        for module in result[1:]:
+            assert_equal_and_finite(module, result[0])
         with pytest.raises(ShapeError, match=r"mask: expected a boolean mask .*, got torch\.float"):
             layer(random_heads(2, 5, 8, seed=0), mask=torch.zeros(2, 5))
 
@@ -130,13 +130,13 @@ class TestAttention:
     def test_cross_attention_layers(self, name, by_row):
         torch.manual_seed(0)
         layer = LAYERS[name]().double()
-        mask, found = torch.tensor([[True, False, True, True, False], [False] * 5]), []
+        mask, result = torch.tensor([[True, False, True, True, False], [False] * 5]), []
         given = mask[:, None].expand(-1, 3, -1) if by_row else mask
         for fill in (0.0, *FILLS):
             tokens = random_heads(2, 3, 8, seed=0).requires_grad_()
             source = random_heads(2, 5, 8, seed=1).masked_fill(~mask[..., None], fill).requires_grad_()
-            made = layer(tokens, source, mask=given)
-            made = made if isinstance(made, torch.Tensor) else made.output
-            found.append(outputs_and_gradients((made,), (tokens, source, *layer.parameters())))
-        for made in found[1:]:
-            assert_equal_and_finite(made, found[0])
+            module = layer(tokens, source, mask=given)
+            module = module if isinstance(module, torch.Tensor) else module.output
+            result.append(outputs_and_gradients((module,), (tokens, source, *layer.parameters())))
+        for module in result[1:]:
+            assert_equal_and_finite(module, result[0])

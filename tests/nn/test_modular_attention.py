@@ -67,14 +67,14 @@ def test_output_against_loops(kind, length, masked, is_causal, merge):
     gate = (
         torch.randn(HEADS, generator=torch.Generator().manual_seed(3), dtype=torch.float64) if merge == "gate" else None
     )
-    wanted, own, cross = modular(query, key, value, modality, seen=seen, merge=merge, gate=gate)
-    found = modular_attention(
+    expected, own, cross = modular(query, key, value, modality, seen=seen, merge=merge, gate=gate)
+    result = modular_attention(
         query, key, value, modality=modality, mask=mask, is_causal=is_causal, merge=merge,
         gate=None if gate is None else gate[:, None],
     )  # fmt: skip
-    torch.testing.assert_close(found.output, wanted, **EXACT)
-    torch.testing.assert_close(found.own.lse, own, **EXACT)
-    torch.testing.assert_close(found.cross.lse, cross, **EXACT)
+    torch.testing.assert_close(result.output, expected, **EXACT)
+    torch.testing.assert_close(result.own.lse, own, **EXACT)
+    torch.testing.assert_close(result.cross.lse, cross, **EXACT)
 
 
 @layout
@@ -82,11 +82,11 @@ def test_output_against_loops(kind, length, masked, is_causal, merge):
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_mass_without_pseudo_attention_is_ordinary_attention(kind, masked, is_causal):
     inputs, mask = [x.requires_grad_() for x in random_heads()], build_masks(masked)[0]
-    found = modular_attention(*inputs, modality=random_labels(kind), mask=mask, is_causal=is_causal).output
+    result = modular_attention(*inputs, modality=random_labels(kind), mask=mask, is_causal=is_causal).output
     plain = attend(*inputs, mask=mask, is_causal=is_causal).output
-    torch.testing.assert_close(found, plain, **EXACT)
-    grad = torch.randn(found.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
-    gradients = (torch.autograd.grad(output, inputs, grad) for output in (found, plain))
+    torch.testing.assert_close(result, plain, **EXACT)
+    grad = torch.randn(result.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    gradients = (torch.autograd.grad(output, inputs, grad) for output in (result, plain))
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other, **EXACT)
 
@@ -94,9 +94,9 @@ def test_mass_without_pseudo_attention_is_ordinary_attention(kind, masked, is_ca
 def test_single_precision_equals_the_kernel_up_to_rounding():
     query, key, value = random_heads(dtype=torch.float32, dim=8)
     plain = F.scaled_dot_product_attention(query, key, value, enable_gqa=True)
-    found = modular_attention(query, key, value, modality=random_labels("blocks")).output
+    result = modular_attention(query, key, value, modality=random_labels("blocks")).output
     # Reference value.
-    assert (found - plain).norm() / plain.norm() < 2e-7
+    assert (result - plain).norm() / plain.norm() < 2e-7
 
 
 @pytest.mark.parametrize("length", [SHORT, LONG])
@@ -119,19 +119,19 @@ def test_pseudo_attention_equals_explicit_masked_positions(length, count, masked
         return total
 
     for merge in ("mass", "sum"):
-        wanted, *_ = modular(
+        expected, *_ = modular(
             query, key, value, modality, seen=seen, merge=merge, pseudo=(decay, -0.3, hidden)
         )  # fmt: skip
-        found = modular_attention(
+        result = modular_attention(
             query, key, value, modality=modality, mask=mask, is_causal=True, merge=merge,
             pseudo=PseudoAttention(decay, -0.3, count),
         )  # fmt: skip
-        torch.testing.assert_close(found.output, wanted, **EXACT)
+        torch.testing.assert_close(result.output, expected, **EXACT)
 
 
 def test_pseudo_attention_logit():
-    found = pseudo_logit(torch.tensor(6), PseudoAttention(0.7), torch.float64)
-    torch.testing.assert_close(found, torch.tensor(0.6712318555, dtype=torch.float64), rtol=1e-9, atol=0)
+    result = pseudo_logit(torch.tensor(6), PseudoAttention(0.7), torch.float64)
+    torch.testing.assert_close(result, torch.tensor(0.6712318555, dtype=torch.float64), rtol=1e-9, atol=0)
     for decay in (0.0, 0.3, 2.0):
         for n in range(5):
             assert float(pseudo_logit(torch.tensor(n), PseudoAttention(decay, 0.4), torch.float64)) == pytest.approx(
@@ -142,7 +142,7 @@ def test_pseudo_attention_logit():
 def test_mass_with_pseudo_attention_is_an_additional_key():
     query, key, value = random_heads()
     modality = random_labels("blocks")
-    found = modular_attention(query, key, value, modality=modality, is_causal=True, pseudo=PseudoAttention(0.7))
+    result = modular_attention(query, key, value, modality=modality, is_causal=True, pseudo=PseudoAttention(0.7))
     plain = attend(query, key, value, is_causal=True).output
     n = torch.stack([(torch.arange(LONG) > i) for i in range(LONG)])
     same = modality[:, None] == modality
@@ -150,15 +150,15 @@ def test_mass_with_pseudo_attention_is_an_additional_key():
     b = torch.tensor(rows, dtype=torch.float64)
     scores = query @ key.repeat_interleave(2, 1).transpose(-1, -2) / math.sqrt(DIM)
     z = scores.masked_fill(n, -math.inf).exp().sum(-1)
-    torch.testing.assert_close(found.output, plain * (z / (z + b.exp().sum(0)))[..., None], **EXACT)
+    torch.testing.assert_close(result.output, plain * (z / (z + b.exp().sum(0)))[..., None], **EXACT)
 
 
 def test_base_of_minus_infinity_equals_masking():
     query, key, value = random_heads()
     given = {"modality": random_labels("mixed"), "is_causal": True}
     plain = modular_attention(query, key, value, **given).output
-    found = modular_attention(query, key, value, pseudo=PseudoAttention(base=-math.inf), **given).output
-    torch.testing.assert_close(found, plain, **EXACT)
+    result = modular_attention(query, key, value, pseudo=PseudoAttention(base=-math.inf), **given).output
+    torch.testing.assert_close(result, plain, **EXACT)
 
 
 @pytest.mark.parametrize("merge", ["mass", "gate", "sum", "concat"])
@@ -169,13 +169,13 @@ def test_decoding_equals_one_pass(merge, pseudo):
     if pseudo is not None:
         pseudo = PseudoAttention(0.7, reference=41)
     given = {"merge": merge, "pseudo": pseudo, "gate": torch.zeros(HEADS, 1).double() if merge == "gate" else None}
-    whole = modular_attention(query, key, value, modality=modality, is_causal=True, **given).output
+    full = modular_attention(query, key, value, modality=modality, is_causal=True, **given).output
     for start, stop in ((17, 18), (18, 36), (0, 35)):
-        found = modular_attention(
+        result = modular_attention(
             query[:, :, start:stop], key[:, :, :stop], value[:, :, :stop], modality=modality[:stop],
             query_modality=modality[start:stop], is_causal=True, offset=start, **given,
         ).output  # fmt: skip
-        torch.testing.assert_close(found, whole[:, :, start:stop], **EXACT)
+        torch.testing.assert_close(result, full[:, :, start:stop], **EXACT)
 
 
 @settings(max_examples=20, deadline=None)
@@ -183,15 +183,15 @@ def test_decoding_equals_one_pass(merge, pseudo):
 def test_no_information_from_later_keys(seed, merge):
     query, key, value = random_heads(seed=seed)
     modality = random_labels("ragged", seed=seed)
-    place = int(torch.randint(1, LONG, (), generator=torch.Generator().manual_seed(seed)))
+    index = int(torch.randint(1, LONG, (), generator=torch.Generator().manual_seed(seed)))
     given = {"modality": modality, "is_causal": True, "merge": merge, "pseudo": PseudoAttention(0.7),
              "gate": torch.zeros(HEADS, 1) if merge == "gate" else None}  # fmt: skip
     before = modular_attention(query, key, value, **given).output
     for x in (query, key, value):
-        x[:, :, place:] += 3.0
+        x[:, :, index:] += 3.0
     after = modular_attention(query, key, value, **given).output
-    torch.testing.assert_close(after[:, :, :place], before[:, :, :place], **EXACT)
-    assert not torch.allclose(after[:, :, place:], before[:, :, place:])
+    torch.testing.assert_close(after[:, :, :index], before[:, :, :index], **EXACT)
+    assert not torch.allclose(after[:, :, index:], before[:, :, index:])
 
 
 @settings(max_examples=20, deadline=None)
@@ -200,8 +200,8 @@ def test_padding_position_has_no_effect(places, is_causal):
     query, key, value = random_heads()
     modality = random_labels("ragged")
     real = [True] * LONG
-    for place in places:
-        real.insert(place, False)
+    for index in places:
+        real.insert(index, False)
     mask = torch.tensor(real)
 
     def padded(x, dim, fill):
@@ -228,11 +228,11 @@ def test_gradients(merge, kind, is_causal):
     mask = build_masks("padding", 34)[0]
 
     def outputs(*inputs):
-        found = modular_attention(
+        result = modular_attention(
             *inputs[:3], modality=random_labels(kind, 34), mask=mask, is_causal=is_causal, merge=merge,
             gate=inputs[4] if merge == "gate" else None, pseudo=PseudoAttention(0.7, inputs[3]),
         )  # fmt: skip
-        return found.output, found.own.lse.clamp(min=-9), found.cross.output
+        return result.output, result.own.lse.clamp(min=-9), result.cross.output
 
     inputs = (query, key, value, base, *(() if gate is None else (gate,)))
     assert gradcheck(outputs, inputs, fast_mode=True)
@@ -245,13 +245,13 @@ def test_query_without_keys_is_zero_with_zero_gradient(length, merge, pseudo):
     inputs = [x.requires_grad_() for x in random_heads(length)]
     mask = torch.ones(BATCH, length, length, dtype=torch.bool)
     mask[0, 3], mask[1] = False, False
-    found = modular_attention(
+    result = modular_attention(
         *inputs, modality=random_labels("blocks", length), mask=mask, is_causal=True, merge=merge, pseudo=pseudo,
         gate=torch.zeros(HEADS, 1) if merge == "gate" else None,
     )  # fmt: skip
-    assert not found.output[0, :, 3].any()
-    assert not found.output[1].any()
-    found.output.square().sum().backward()
+    assert not result.output[0, :, 3].any()
+    assert not result.output[1].any()
+    result.output.square().sum().backward()
     for x in inputs:
         assert x.grad.isfinite().all()
         assert not x.grad[1].any()
@@ -261,12 +261,12 @@ def test_query_without_keys_is_zero_with_zero_gradient(length, merge, pseudo):
 @pytest.mark.parametrize("keys", [0, 1])
 def test_few_keys(keys):
     query, key, value = random_heads()
-    found = modular_attention(
+    result = modular_attention(
         query, key[:, :, :keys], value[:, :, :keys], modality=torch.zeros(keys, dtype=torch.int64),
         query_modality=random_labels("mixed"), pseudo=PseudoAttention(count="all_masked"),
     )  # fmt: skip
-    wanted = value[:, :, :1].repeat_interleave(2, 1).expand(-1, -1, LONG, -1) if keys else torch.zeros(1).double()
-    torch.testing.assert_close(found.output, wanted.expand_as(found.output), **EXACT)
+    expected = value[:, :, :1].repeat_interleave(2, 1).expand(-1, -1, LONG, -1) if keys else torch.zeros(1).double()
+    torch.testing.assert_close(result.output, expected.expand_as(result.output), **EXACT)
 
 
 def test_fallback_without_a_kernel(monkeypatch):
@@ -290,26 +290,26 @@ def test_half_precision_is_close(dtype):
     query, key, value = random_heads(dtype=dtype)
     given = {"modality": random_labels("ragged"), "is_causal": True, "pseudo": PseudoAttention()}
     exact = modular_attention(query.double(), key.double(), value.double(), **given).output
-    found = modular_attention(query, key, value, **given).output
-    assert found.dtype == dtype
-    torch.testing.assert_close(found.double(), exact, **{k: 2 * v for k, v in TOL[dtype].items()})
+    result = modular_attention(query, key, value, **given).output
+    assert result.dtype == dtype
+    torch.testing.assert_close(result.double(), exact, **{k: 2 * v for k, v in TOL[dtype].items()})
 
 
 def test_autocast_dtype():
     query, key, value = random_heads(dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = modular_attention(query, key, value, modality=random_labels("blocks"))
-    assert found.output.dtype == torch.bfloat16
-    assert found.own.lse.dtype == torch.float32
+        result = modular_attention(query, key, value, modality=random_labels("blocks"))
+    assert result.output.dtype == torch.bfloat16
+    assert result.own.lse.dtype == torch.float32
 
 
 def test_dropout_drops_weights_within_parts():
     query, key, value = random_heads()
     ones = torch.ones_like(value)
     torch.manual_seed(0)
-    found = modular_attention(query, key, ones, modality=random_labels("blocks"), dropout=0.5, merge="sum").output
-    assert found.std() > 0.1
-    torch.testing.assert_close(found.mean(), torch.tensor(2.0).double(), rtol=0.1, atol=0)
+    result = modular_attention(query, key, ones, modality=random_labels("blocks"), dropout=0.5, merge="sum").output
+    assert result.std() > 0.1
+    torch.testing.assert_close(result.mean(), torch.tensor(2.0).double(), rtol=0.1, atol=0)
 
 
 @layout

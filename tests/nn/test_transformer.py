@@ -95,10 +95,10 @@ def test_block(masked):
 def test_block_on_the_first_rows_only():
     torch.manual_seed(0)
     layer, rows = Block(DIM, 2).double(), normal(9, BATCH, KEYS, DIM)
-    whole = layer(rows, mask=VALID, modality=LABELS, num_modalities=2)
+    full = layer(rows, mask=VALID, modality=LABELS, num_modalities=2)
     part = layer(rows, rows=2, mask=VALID, modality=LABELS, num_modalities=2)
-    torch.testing.assert_close(part.output, whole.output[:, :2], **TOL[torch.float64])
-    torch.testing.assert_close(part.share, whole.share[:, :, :2], **TOL[torch.float32])
+    torch.testing.assert_close(part.output, full.output[:, :2], **TOL[torch.float64])
+    torch.testing.assert_close(part.share, full.share[:, :, :2], **TOL[torch.float32])
 
 
 def test_block_with_cross_attention_shared_norm_and_activation():

@@ -80,7 +80,7 @@ def splice(text, ids, labels, mask, places, media):
         for word in range(len(ids[sample])):
             if not mask[sample][word]:
                 continue
-            kind = next((kind for kind, place in places.items() if ids[sample][word] == place), None)
+            kind = next((kind for kind, index in places.items() if ids[sample][word] == index), None)
             if kind is None:
                 row.append((text[sample][word], labels[sample][word], 0))
             else:
@@ -113,8 +113,8 @@ def rank_of_first(ranking):
 
 
 def average_precision(ranking):
-    places = [place for place, right in enumerate(ranking) if right]
-    return sum((i + 1) / (place + 1) for i, place in enumerate(places)) / len(places)
+    places = [index for index, right in enumerate(ranking) if right]
+    return sum((i + 1) / (index + 1) for i, index in enumerate(places)) / len(places)
 
 
 def warping(cost):

@@ -13,30 +13,30 @@ def true_score(row, target, task):
     if task == "classification":
         return softmax(row)[target]
     if task == "multilabel":
-        found = []
-        for score, wanted in zip(row, target, strict=True):
+        result = []
+        for score, expected in zip(row, target, strict=True):
             yes = 1 / (1 + math.exp(-score))
-            found.append(yes if wanted == 1 else 1 - yes)
-        return mean(found)
+            result.append(yes if expected == 1 else 1 - yes)
+        return mean(result)
     return math.exp(-mean((a - b) ** 2 for a, b in zip(row, target, strict=True)))
 
 
 def mean_scores(answers, targets, present, task="classification"):
     """answers[m][i] are rows of logits, present[m][i] is the presence; None for a modality missing from the batch."""
-    found = []
+    result = []
     for rows, has in zip(answers, present, strict=True):
         kept = [true_score(row, t, task) for row, t, yes in zip(rows, targets, has, strict=True) if yes]
-        found.append(mean(kept) if kept else None)
-    return found
+        result.append(mean(kept) if kept else None)
+    return result
 
 
 def ratios(scores):
     """rho_m of each modality; 1 if there is no other modality."""
-    found = []
+    result = []
     for m, score in enumerate(scores):
         others = [s for n, s in enumerate(scores) if n != m and s is not None]
-        found.append(1.0 if score is None or not others else score / mean(others))
-    return found
+        result.append(1.0 if score is None or not others else score / mean(others))
+    return result
 
 
 def ogm(scores, alpha):
@@ -50,22 +50,22 @@ def opm(scores, q_base, alpha):
 def shapley(answer, count):
     """phi_m: the marginal contribution of modality m, mean over all orders; ``answer`` maps a frozenset to a number."""
     orders = list(itertools.permutations(range(count)))
-    found = [0.0] * count
+    result = [0.0] * count
     for order in orders:
-        for place, m in enumerate(order):
-            before = frozenset(order[:place])
-            found[m] += (answer[before | {m}] - answer[before]) / len(orders)
-    return found
+        for index, m in enumerate(order):
+            before = frozenset(order[:index])
+            result[m] += (answer[before | {m}] - answer[before]) / len(orders)
+    return result
 
 
 def agm_error(rows, targets, present, task="classification"):
     """e_m over the samples that have the modality; None if there are none."""
-    found = [
+    result = [
         -math.log(max(true_score(row, t, task), FLOOR))
         for row, t, yes in zip(rows, targets, present, strict=True)
         if yes
     ]
-    return mean(found) if found else None
+    return mean(result) if result else None
 
 
 def agm(errors, usual, alpha):
@@ -121,12 +121,12 @@ def mbsd_pair(one, other, target, task="classification"):
 
 def mbsd(answers, targets, present, task="classification"):
     """The mean over pairs of the mean over samples that have both."""
-    found = []
+    result = []
     for m, n in itertools.combinations(range(len(answers)), 2):
         kept = [
             mbsd_pair(answers[m][i], answers[n][i], target, task)
             for i, target in enumerate(targets)
             if present[m][i] and present[n][i]
         ]
-        found.append(mean(kept) if kept else 0.0)
-    return mean(found)
+        result.append(mean(kept) if kept else 0.0)
+    return mean(result)

@@ -14,9 +14,9 @@ def entropy(probabilities):
     return -sum(p * math.log(p) for p in probabilities if p > 0)
 
 
-def class_mean(features, labels, wanted):
+def class_mean(features, labels, expected):
     """Mean of the rows with a label; None if there are none."""
-    members = [row for row, label in zip(features, labels, strict=True) if label == wanted]
+    members = [row for row, label in zip(features, labels, strict=True) if label == expected]
     return [mean(column) for column in zip(*members, strict=True)] if members else None
 
 
@@ -28,16 +28,16 @@ def prototype_probabilities(feature, prototypes):
 
 def pmr(features, prototypes, labels, alpha, mu, hard=False):
     """PMR's term for two modalities, as the paper writes it: features[m][i], prototypes[m][c], labels[i]."""
-    found = [[prototype_probabilities(f, prototypes[m]) for f in features[m]] for m in range(2)]
-    rho = sum(p[y] for p, y in zip(found[0], labels, strict=True)) / sum(
-        p[y] for p, y in zip(found[1], labels, strict=True)
+    result = [[prototype_probabilities(f, prototypes[m]) for f in features[m]] for m in range(2)]
+    rho = sum(p[y] for p, y in zip(result[0], labels, strict=True)) / sum(
+        p[y] for p, y in zip(result[1], labels, strict=True)
     )
     beta = min(1 / rho - 1, 1) if rho < 1 else 0
     gamma = min(rho - 1, 1) if rho >= 1 else 0
     if hard:
         beta, gamma, mu = float(rho < 1), float(rho > 1), 0
-    losses = [mean(-math.log(p[y]) for p, y in zip(found[m], labels, strict=True)) for m in range(2)]
-    entropies = [mean(entropy(p.values()) for p in found[m]) for m in range(2)]
+    losses = [mean(-math.log(p[y]) for p, y in zip(result[m], labels, strict=True)) for m in range(2)]
+    entropies = [mean(entropy(p.values()) for p in result[m]) for m in range(2)]
     pulled = alpha * (beta * losses[0] + gamma * losses[1])
     return pulled - mu * (gamma * entropies[0] + beta * entropies[1])
 

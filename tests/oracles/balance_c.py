@@ -30,13 +30,13 @@ def min_norm(joint, alone):
 def pareto(joint, alone, gamma):
     """Lists of parameter tensors, each a flat list of numbers."""
     first, second = min_norm([x for part in joint for x in part], [x for part in alone for x in part])
-    found = []
+    result = []
     for a, b in zip(joint, alone, strict=True):
         mixed = [2 * (first * x + second * y) for x, y in zip(a, b, strict=True)]
         total = [x + y for x, y in zip(a, b, strict=True)]
         boost = max(1.0, norm(total) / norm(mixed)) if norm(mixed) > 0 else 1.0
-        found.append([gamma * x * boost for x in mixed])
-    return found
+        result.append([gamma * x * boost for x in mixed])
+    return result
 
 
 def blending(start, end, floor):

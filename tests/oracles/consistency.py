@@ -7,7 +7,7 @@ import numpy as np
 
 def supermatrix(blocks, count, size):
     """P from {(i, j): (M, M)}: identity on the diagonal, transposes if only one direction is given."""
-    whole = np.zeros((count * size, count * size))
+    full = np.zeros((count * size, count * size))
     for i in range(count):
         for j in range(count):
             if i == j:
@@ -16,8 +16,8 @@ def supermatrix(blocks, count, size):
                 block = blocks[i, j] if (i, j) in blocks else blocks[j, i].T
             for a in range(size):
                 for b in range(size):
-                    whole[i * size + a, j * size + b] = block[a, b]
-    return whole
+                    full[i * size + a, j * size + b] = block[a, b]
+    return full
 
 
 def nuclear(matrix):

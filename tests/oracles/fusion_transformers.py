@@ -116,11 +116,11 @@ def residual_head(state, h):
 
 def readout(state, streams, heads=1):
     """Joint attention on the final streams: features and shares of every sample."""
-    found = []
+    result = []
     for final in streams:
         parts = [(rows[None], None) for rows in final.values()]
-        found.append(joint_attention(substate(state, "joint."), parts, heads=heads))
-    return torch.cat([features for features, _ in found]), torch.cat([share for _, share in found])
+        result.append(joint_attention(substate(state, "joint."), parts, heads=heads))
+    return torch.cat([features for features, _ in result]), torch.cat([share for _, share in result])
 
 
 # MBT
@@ -176,13 +176,13 @@ def stretched(rows, length):
     """Linear interpolation that keeps both ends."""
     if not len(rows):
         return torch.zeros(length, rows.shape[1], dtype=torch.float64)
-    made = []
+    result = []
     for t in range(length):
-        place = t * (len(rows) - 1) / max(length - 1, 1)
-        low = min(math.floor(place + 1e-9), len(rows) - 1)
+        index = t * (len(rows) - 1) / max(length - 1, 1)
+        low = min(math.floor(index + 1e-9), len(rows) - 1)
         high = min(low + 1, len(rows) - 1)
-        made.append(rows[low] + (place - low) * (rows[high] - rows[low]))
-    return torch.stack(made)
+        result.append(rows[low] + (index - low) * (rows[high] - rows[low]))
+    return torch.stack(result)
 
 
 def jmt(state, tokens, *, heads, depth, output):

@@ -33,8 +33,8 @@ def modular(query, key, value, modality, *, seen, merge, gate=None, pseudo=None,
                         decay, base, hidden = pseudo
                         extra = math.exp(logit(hidden(b, i, mine), decay, base))
                     z = weights.sum() + extra
-                    found = weights @ v[here] / z if here.any() else torch.zeros(v.shape[1], dtype=torch.float64)
-                    parts.append((found, z, bool(here.any())))
+                    result = weights @ v[here] / z if here.any() else torch.zeros(v.shape[1], dtype=torch.float64)
+                    parts.append((result, z, bool(here.any())))
                 (o1, z1, any1), (o2, z2, any2) = parts
                 if merge == "sum":
                     output = o1 + o2
@@ -79,7 +79,7 @@ def basis(keys, values, kind, norm_kind, normalize):
 
 def aligned(key, value, modality, valid, state, *, count, kind="gram", norm_kind="row", normalize=True, upto=None):
     """Keys after alignment. ``upto(b, j)`` is the number of positions that key j may depend on; None: all."""
-    found = key.double().clone()
+    result = key.double().clone()
     batch, heads, length, width = key.shape
     for b in range(batch):
         labels = modality if modality.ndim == 1 else modality[b]
@@ -102,7 +102,7 @@ def aligned(key, value, modality, valid, state, *, count, kind="gram", norm_kind
                         mapped += w * basis(k, v, kind, norm_kind, normalize)
                 k, weight = key[b, h, j].double(), state["weight"].double()[m]
                 if "scale" in state:
-                    found[b, h, j] = (k + state["scale"].double()[m] * (k @ mapped)) @ weight
+                    result[b, h, j] = (k + state["scale"].double()[m] * (k @ mapped)) @ weight
                 else:
-                    found[b, h, j] = torch.cat([k, k @ mapped]) @ weight
-    return found
+                    result[b, h, j] = torch.cat([k, k @ mapped]) @ weight
+    return result

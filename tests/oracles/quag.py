@@ -33,14 +33,14 @@ def averaged(row, reader, labels, seen, pairs):
 
 def quag(attention, rows, columns, pairs, visible):
     """The attention matrix (batch, head, query, key) under QUAG."""
-    found = torch.empty(attention.shape, dtype=torch.float64)
+    result = torch.empty(attention.shape, dtype=torch.float64)
     for b, sample in enumerate(attention.double().tolist()):
         for h, head in enumerate(sample):
             for i, row in enumerate(head):
                 seen = visible[b, h, i].tolist()
                 one = averaged(row, int(rows[b, i]), columns[b].tolist(), seen, pairs)
-                found[b, h, i] = torch.tensor(one, dtype=torch.float64)
-    return found
+                result[b, h, i] = torch.tensor(one, dtype=torch.float64)
+    return result
 
 
 def visible(mask, is_causal, sizes):
@@ -63,7 +63,7 @@ def matrix(query, key, *, mask=None, is_causal=False, scale=None, softcap=None, 
     if mask is not None and mask.dtype != torch.bool:
         added = mask.double()
     added = added.expand(batch, heads, rows, keys)
-    found = torch.zeros(batch, heads, rows, keys, dtype=torch.float64)
+    result = torch.zeros(batch, heads, rows, keys, dtype=torch.float64)
     for b in range(batch):
         for h in range(heads):
             for i in range(rows):
@@ -76,8 +76,8 @@ def matrix(query, key, *, mask=None, is_causal=False, scale=None, softcap=None, 
                 scores = (scores + added[b, h, i])[here]
                 if sinks is not None:
                     scores = torch.cat([scores, sinks[h : h + 1].double()])
-                found[b, h, i, here] = scores.softmax(0)[: int(here.sum())]
-    return found
+                result[b, h, i, here] = scores.softmax(0)[: int(here.sum())]
+    return result
 
 
 def output(attention, value):

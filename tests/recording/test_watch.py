@@ -33,13 +33,13 @@ def expected_share(attention, labels=LABELS, rows=None, count=2):
     size, heads, queries, keys = attention.shape
     labels = labels.expand(size, keys)
     rows = torch.ones(size, queries) if rows is None else rows
-    found = torch.zeros(size, heads, count, dtype=torch.float64)
+    result = torch.zeros(size, heads, count, dtype=torch.float64)
     for sample in range(size):
         for key in range(keys):
             if labels[sample, key] >= 0:
                 mass = attention[sample, :, :, key].double() @ rows[sample].double()
-                found[sample, :, labels[sample, key]] += (mass / rows[sample].sum()).detach()
-    return found.float()
+                result[sample, :, labels[sample, key]] += (mass / rows[sample].sum()).detach()
+    return result.float()
 
 
 def random_values(*shape, seed=0):
@@ -48,11 +48,11 @@ def random_values(*shape, seed=0):
 
 def multihead(seed=0, **options):
     torch.manual_seed(seed)
-    made = nn.MultiheadAttention(DIM, HEADS, **options)
-    for name, weight in made.named_parameters():
+    layer = nn.MultiheadAttention(DIM, HEADS, **options)
+    for name, weight in layer.named_parameters():
         if "in_proj_weight" in name:
             weight.data[: 2 * DIM] *= 4
-    return made.eval()
+    return layer.eval()
 
 
 class ExplicitAttention(nn.Module):
@@ -82,9 +82,9 @@ class ExplicitAttention(nn.Module):
             return self.soft(scores) @ value
         if self.backend == "merged heads":
             return torch.bmm(F.softmax(scores.flatten(0, 1), dim=-1), value.flatten(0, 1))
-        whole = (part.flatten(0, 1) for part in (query, key, value))
+        full = (part.flatten(0, 1) for part in (query, key, value))
         mask = None if mask is None else mask.expand(len(tokens), HEADS, KEYS, KEYS).flatten(0, 1)
-        return F.scaled_dot_product_attention(*whole, attn_mask=mask)
+        return F.scaled_dot_product_attention(*full, attn_mask=mask)
 
 
 def hides(kind):
@@ -101,16 +101,16 @@ def hides(kind):
 @pytest.mark.parametrize("backend", ["sdpa", "softmax", "module", "merged heads", "merged sdpa"])
 @pytest.mark.parametrize("kind", ["none", "padding", "causal"])
 def test_explicit_attention(backend, kind):
-    made, tokens = nn.ModuleDict({"attn": ExplicitAttention(backend)}), random_values(BATCH, KEYS, DIM)
-    made.forward = lambda tokens, mask: made["attn"](tokens, mask)
+    layer, tokens = nn.ModuleDict({"attn": ExplicitAttention(backend)}), random_values(BATCH, KEYS, DIM)
+    layer.forward = lambda tokens, mask: layer["attn"](tokens, mask)
     mask, rows = hides(kind)
     mask = None if kind == "none" else mask
-    plain = made(tokens, mask)
-    with eq.watch(made, modality=LABELS, names=NAMES) as record:
-        watched = made(tokens, mask)
+    plain = layer(tokens, mask)
+    with eq.watch(layer, modality=LABELS, names=NAMES) as record:
+        watched = layer(tokens, mask)
     assert torch.equal(plain, watched)
     assert record.layers == ["attn"]
-    expected = expected_share(made["attn"].scores(tokens, mask).softmax(dim=-1), rows=rows)
+    expected = expected_share(layer["attn"].scores(tokens, mask).softmax(dim=-1), rows=rows)
     torch.testing.assert_close(record.share("attn"), expected, **NEAR)
     assert float(expected.std()) > 0.02
 
@@ -119,7 +119,7 @@ def test_explicit_attention(backend, kind):
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("kind", ["none", "boolean", "floating", "per head", "padding", "both"])
 def test_multihead(options, first, kind):
-    made = multihead(batch_first=first, **options)
+    model = multihead(batch_first=first, **options)
     tokens = random_values(BATCH, KEYS, DIM)
     source = random_values(BATCH, KEYS, 3, seed=1) if "kdim" in options else tokens
     if not first:
@@ -135,9 +135,9 @@ def test_multihead(options, first, kind):
         "both": {"attn_mask": hidden[0], "key_padding_mask": padding},
     }.get(kind, {})  # fmt: skip
     with torch.no_grad():
-        plain, attention = made(tokens, source, source, average_attn_weights=False, **masks)
-        with eq.watch(made, modality=LABELS, names=NAMES) as record:
-            watched, _ = made(tokens, source, source, average_attn_weights=False, **masks)
+        plain, attention = model(tokens, source, source, average_attn_weights=False, **masks)
+        with eq.watch(model, modality=LABELS, names=NAMES) as record:
+            watched, _ = model(tokens, source, source, average_attn_weights=False, **masks)
     assert torch.equal(plain, watched)
     itself = source is tokens and kind in ("padding", "both")
     rows = (~padding).float() if itself else None
@@ -150,9 +150,9 @@ def test_multihead(options, first, kind):
 
 
 def test_unbatched_inputs_and_functional_calls():
-    made, tokens = multihead(), random_values(KEYS, DIM)
-    with eq.watch(made, modality=LABELS, names=NAMES) as record:
-        _, attention = made(tokens, tokens, tokens, average_attn_weights=False)
+    model, tokens = multihead(), random_values(KEYS, DIM)
+    with eq.watch(model, modality=LABELS, names=NAMES) as record:
+        _, attention = model(tokens, tokens, tokens, average_attn_weights=False)
     torch.testing.assert_close(record.share("MultiheadAttention"), expected_share(attention[None]), **NEAR)
 
     class Pool(nn.Module):
@@ -184,8 +184,8 @@ def test_unbatched_inputs_and_functional_calls():
 def test_transformer_encoder(nested, norm_first, mode):
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(DIM, HEADS, 11, batch_first=True, dropout=0.3, norm_first=norm_first)
-    made = nn.TransformerEncoder(layer, 2, enable_nested_tensor=nested and not norm_first)
-    made.train(mode == "training")
+    module = nn.TransformerEncoder(layer, 2, enable_nested_tensor=nested and not norm_first)
+    module.train(mode == "training")
     tokens, padding = random_values(BATCH, KEYS, DIM), torch.zeros(BATCH, KEYS, dtype=torch.bool)
     # The longest sample is padded too, so packed tokens come back as fewer.
     padding[:, 6:] = padding[1, 4:] = True
@@ -195,16 +195,16 @@ def test_transformer_encoder(nested, norm_first, mode):
         for watched in (False, True):
             torch.manual_seed(4)
             if watched:
-                with eq.watch(made, modality=LABELS, names=NAMES) as record:
-                    outputs.append(made(tokens, src_key_padding_mask=padding))
+                with eq.watch(module, modality=LABELS, names=NAMES) as record:
+                    outputs.append(module(tokens, src_key_padding_mask=padding))
             else:
-                outputs.append(made(tokens, src_key_padding_mask=padding))
+                outputs.append(module(tokens, src_key_padding_mask=padding))
             states.append(torch.random.get_rng_state())
     assert torch.equal(*outputs)
     assert torch.equal(*states)
     assert record.layers == ["layers.0.self_attn", "layers.1.self_attn"]
     assert ("fast path" in record.backends[record.layers[0]]) == (mode == "fast path")
-    first = made.eval().layers[0]
+    first = module.eval().layers[0]
     normed = first.norm1(tokens) if norm_first else tokens
     _, attention = first.self_attn(
         normed, normed, normed, key_padding_mask=padding, average_attn_weights=False
@@ -216,12 +216,12 @@ def test_transformer_encoder(nested, norm_first, mode):
 
 def test_transformer_decoder_with_memory():
     torch.manual_seed(0)
-    made = nn.TransformerDecoder(nn.TransformerDecoderLayer(DIM, HEADS, 11, batch_first=True), 2).eval()
+    layer = nn.TransformerDecoder(nn.TransformerDecoderLayer(DIM, HEADS, 11, batch_first=True), 2).eval()
     words, memory = random_values(BATCH, 5, DIM), random_values(BATCH, KEYS, DIM, seed=1)
     message = "'layers.0.self_attn' is not in the table: it has 5 keys, and modality is given for 7"
     with torch.no_grad(), pytest.warns(UserWarning, match=message):  # noqa: SIM117
-        with eq.watch(made, modality=LABELS, names=NAMES) as record:
-            made(words, memory)
+        with eq.watch(layer, modality=LABELS, names=NAMES) as record:
+            layer(words, memory)
     assert record.layers == ["layers.0.multihead_attn", "layers.1.multihead_attn"]
     assert record.missing["layers.0.self_attn"] == "it has 5 keys, and modality is given for 7"
     with pytest.raises(ConfigError, match=r"layers.0.self_attn', but it has 5 keys, and modality is given for 7"):
@@ -230,23 +230,23 @@ def test_transformer_decoder_with_memory():
 
 @pytest.mark.parametrize("names", [("audio",), ("audio", "image"), ("audio", "image", "text")])
 def test_equipoise_layers(names):
-    made, inputs = joint_model(names, depth=2).eval(), batch(names, missing=names[:2] if len(names) > 1 else ())
+    model, inputs = joint_model(names, depth=2).eval(), batch(names, missing=names[:2] if len(names) > 1 else ())
     with torch.no_grad():
-        plain = made(inputs)
-        with eq.watch(made) as record:
-            watched = made(inputs)
+        plain = model(inputs)
+        with eq.watch(model) as record:
+            watched = model(inputs)
     assert torch.equal(plain.logits, watched.logits)
     assert record.names == names
     last = record.share(record.layers[-1])
     torch.testing.assert_close(last, plain.share.float(), **NEAR)
     others = names[::-1]
-    with torch.no_grad(), eq.watch(made, names=others) as turned:
-        made(inputs)
+    with torch.no_grad(), eq.watch(model, names=others) as turned:
+        model(inputs)
     assert turned.names == others
     torch.testing.assert_close(turned.share(record.layers[-1]), last.flip(-1), **NEAR)
     message = "watch names: expected a known modality, got 'imag'"
-    with torch.no_grad(), pytest.raises(ConfigError, match=message), eq.watch(made, names=("audio", "imag")):
-        made(inputs)
+    with torch.no_grad(), pytest.raises(ConfigError, match=message), eq.watch(model, names=("audio", "imag")):
+        model(inputs)
 
 
 class TransformerEncoder(nn.Module):
@@ -266,10 +266,10 @@ class TransformerEncoder(nn.Module):
 @pytest.mark.parametrize("fusion", ["JointAttention", "MBT", "MMML", "MidFusion", "MODA", "Concat"])
 def test_attention_in_unimodal_encoders_is_not_missing(fusion, own):
     encoders = {name: TransformerEncoder(own) for name in NAMES}
-    made = eq.FusionModel(encoders, getattr(eq.fusion, fusion)(DIM), 2).eval()
+    model = eq.FusionModel(encoders, getattr(eq.fusion, fusion)(DIM), 2).eval()
     inputs = {name: random_values(BATCH, 5 + i, 3) for i, name in enumerate(NAMES)}
-    with torch.no_grad(), eq.watch(made) as record:
-        made(inputs)
+    with torch.no_grad(), eq.watch(model) as record:
+        model(inputs)
     assert record.missing == {}
     assert record.names == NAMES
     unimodal = [f"encoders.{name}.block.{'attention' if own else 'self_attn'}" for name in NAMES]
@@ -281,8 +281,8 @@ def test_attention_in_unimodal_encoders_is_not_missing(fusion, own):
     if fusion != "Concat":
         assert all(name.startswith("fusion.") for name in record.layers)
         turned_names = NAMES[::-1]
-        with torch.no_grad(), eq.watch(made, names=turned_names) as turned:
-            made(inputs)
+        with torch.no_grad(), eq.watch(model, names=turned_names) as turned:
+            model(inputs)
         assert turned.missing == {}
         assert turned.names == turned_names
         if own:
@@ -291,56 +291,56 @@ def test_attention_in_unimodal_encoders_is_not_missing(fusion, own):
 
 def test_shared_encoders_are_excluded():
     encoder = TransformerEncoder(own=True)
-    made = eq.FusionModel(dict.fromkeys(NAMES, encoder), eq.fusion.JointAttention(DIM), 2).eval()
-    with torch.no_grad(), eq.watch(made) as record:
-        made({name: random_values(BATCH, 5, 3) for name in NAMES})
+    model = eq.FusionModel(dict.fromkeys(NAMES, encoder), eq.fusion.JointAttention(DIM), 2).eval()
+    with torch.no_grad(), eq.watch(model) as record:
+        model({name: random_values(BATCH, 5, 3) for name in NAMES})
     assert record.missing == {}
     assert record.layers == ["fusion.attention"]
     assert record.unimodal_layers == []
 
 
 def sdpa():
-    made = nn.ModuleDict({"attn": ExplicitAttention("sdpa")})
-    made.forward = lambda tokens, mask=None: made["attn"](tokens, mask)
-    return made
+    layer = nn.ModuleDict({"attn": ExplicitAttention("sdpa")})
+    layer.forward = lambda tokens, mask=None: layer["attn"](tokens, mask)
+    return layer
 
 
 @pytest.mark.parametrize("queries", ["last", "image", "mask", "answer"])
 def test_queries(queries):
-    made, tokens = sdpa(), random_values(BATCH, KEYS, DIM)
+    model, tokens = sdpa(), random_values(BATCH, KEYS, DIM)
     mask = torch.ones(BATCH, 1, 1, KEYS, dtype=torch.bool)
     mask[0, ..., :2], mask[1, ..., 5:] = False, False
-    attention = made["attn"].scores(tokens).masked_fill(~mask, -math.inf).softmax(dim=-1)
+    attention = model["attn"].scores(tokens).masked_fill(~mask, -math.inf).softmax(dim=-1)
     chosen = random_values(BATCH, KEYS, seed=9) > 0
     rows = {"image": (LABELS == 1).expand(BATCH, KEYS), "mask": chosen}.get(queries, torch.zeros(BATCH, KEYS).bool())
     rows = rows & mask[:, 0, 0]
     if queries in ("last", "answer"):
         rows[0, 6] = rows[1, 4] = rows[2, 6] = True
-    with eq.watch(made, modality=LABELS, names=NAMES, queries=chosen if queries == "mask" else queries) as record:
-        made(tokens, mask)
+    with eq.watch(model, modality=LABELS, names=NAMES, queries=chosen if queries == "mask" else queries) as record:
+        model(tokens, mask)
     torch.testing.assert_close(record.share("attn"), expected_share(attention, rows=rows.float()), **NEAR)
 
 
 def test_unknown_query_labels_raise():
-    made, tokens = sdpa(), random_values(BATCH, KEYS, DIM)
+    model, tokens = sdpa(), random_values(BATCH, KEYS, DIM)
     for unknown, message in (
         ("imag", r"watch queries: expected a known word or modality, got 'imag'. Did you mean 'image'"),
         (torch.zeros(2, 3).long(), r"expected 'all', 'last', .* or a boolean mask .*got torch.int64 of shape \(2, 3\)"),
         (3, "boolean mask .*got 3"),
     ):
-        with pytest.raises(ConfigError, match=message), eq.watch(made, modality=LABELS, names=NAMES, queries=unknown):
+        with pytest.raises(ConfigError, match=message), eq.watch(model, modality=LABELS, names=NAMES, queries=unknown):
             pytest.fail("watched")
     wrong = torch.ones(BATCH, 5).bool()
     message = r"it has \(batch, query\) = \(3, 7\), and queries is a mask of shape \(3, 5\)"
-    with pytest.warns(UserWarning, match=message), eq.watch(made, modality=LABELS, queries=wrong) as record:
-        made(tokens)
+    with pytest.warns(UserWarning, match=message), eq.watch(model, modality=LABELS, queries=wrong) as record:
+        model(tokens)
     with pytest.raises(ConfigError, match=message):
         record.table()
     # A sample without a recorded query has no share.
     none = torch.zeros(BATCH, KEYS).bool()
     none[0, 3] = True
-    with eq.watch(made, modality=LABELS, queries=none) as record:
-        made(tokens)
+    with eq.watch(model, modality=LABELS, queries=none) as record:
+        model(tokens)
     assert record.share("attn").isnan().any(dim=(1, 2)).tolist() == [False, True, True]
 
 
@@ -357,19 +357,19 @@ class RepeatedLayer(nn.Module):
 
 
 def test_layer_patterns():
-    made, tokens = RepeatedLayer(), random_values(BATCH, KEYS, DIM)
-    with eq.watch(made, modality=LABELS) as record:
-        made(tokens)
-        made(2 * tokens)
+    result, tokens = RepeatedLayer(), random_values(BATCH, KEYS, DIM)
+    with eq.watch(result, modality=LABELS) as record:
+        result(tokens)
+        result(2 * tokens)
     assert record.layers == ["blocks.0", "blocks.1", "blocks.0#2"]
     assert record.names == ("0", "1")
     assert all(record.share(layer).shape == (2 * BATCH, HEADS, 2) for layer in record.layers)
     for pattern, expected in (("*.1", ["blocks.1"]), (["blocks.0#2"], ["blocks.0#2"]), ("blocks.?", None)):
-        with eq.watch(made, modality=LABELS, layers=pattern) as some:
-            made(tokens)
+        with eq.watch(result, modality=LABELS, layers=pattern) as some:
+            result(tokens)
         assert some.layers == (["blocks.0", "blocks.1"] if expected is None else expected)
     message = r"watch: expected a known module for layers, got 'block'. Did you mean 'blocks'"
-    with pytest.raises(ConfigError, match=message), eq.watch(made, modality=LABELS, layers="block"):
+    with pytest.raises(ConfigError, match=message), eq.watch(result, modality=LABELS, layers="block"):
         pytest.fail("watched")
     with pytest.raises(
         ConfigError, match=r"AttentionRecord: expected a known layer, got 'blocks.2'. Did you mean .*'blocks.1' or"
@@ -378,29 +378,29 @@ def test_layer_patterns():
 
 
 def test_nested_watches_agree():
-    for made in (
+    for result in (
         sdpa(),
         RepeatedLayer(),
         nn.TransformerEncoder(nn.TransformerEncoderLayer(DIM, HEADS, 11, batch_first=True), 2),
     ):
         tokens = random_values(BATCH, KEYS, DIM)
-        with eq.watch(made, modality=LABELS) as outer, eq.watch(made, modality=LABELS, queries="last") as inner:
-            made(tokens)
-        with eq.watch(made, modality=LABELS) as alone:
-            made(tokens)
+        with eq.watch(result, modality=LABELS) as outer, eq.watch(result, modality=LABELS, queries="last") as inner:
+            result(tokens)
+        with eq.watch(result, modality=LABELS) as alone:
+            result(tokens)
         assert outer.layers == inner.layers == alone.layers
         assert all(outer.share(layer).shape == inner.share(layer).shape for layer in outer.layers)
-        made.eval()
-        with eq.watch(made, modality=LABELS) as outer, eq.watch(made, modality=LABELS) as inner:
-            made(tokens)
+        result.eval()
+        with eq.watch(result, modality=LABELS) as outer, eq.watch(result, modality=LABELS) as inner:
+            result(tokens)
         assert all(torch.equal(outer.share(layer), inner.share(layer)) for layer in outer.layers)
 
 
 def test_record_contents():
-    made, tokens = sdpa(), random_values(BATCH, KEYS, DIM)
-    attention = made["attn"].scores(tokens).softmax(dim=-1)
-    with eq.watch(made, modality=LABELS, names=NAMES, tokens=True) as record:
-        made(tokens)
+    model, tokens = sdpa(), random_values(BATCH, KEYS, DIM)
+    attention = model["attn"].scores(tokens).softmax(dim=-1)
+    with eq.watch(model, modality=LABELS, names=NAMES, tokens=True) as record:
+        model(tokens)
     share = record.share("attn")
     torch.testing.assert_close(record.special("attn"), attention[..., 5].mean(dim=2), **NEAR)
     torch.testing.assert_close(record.per_token("attn"), share / 3, **NEAR)
@@ -422,16 +422,16 @@ def test_record_contents():
         "layer", "audio", "image", "special", "attn", *(x for name in ("audio", "image", "special")
                                                       for x in (f"{100 * row[name]:.1f}", "%")),
     ]  # fmt: skip
-    with eq.watch(made, modality=LABELS) as without:
-        made(tokens)
+    with eq.watch(model, modality=LABELS) as without:
+        model(tokens)
     with pytest.raises(ConfigError, match=r"expected attention on single tokens, got a record without it.*tokens=True"):
         without.tokens("attn")
 
 
 def test_views_of_a_record(monkeypatch):
-    made, tokens = sdpa(), random_values(BATCH, KEYS, DIM)
-    with eq.watch(made, modality=LABELS, names=NAMES) as record:
-        made(tokens)
+    model, tokens = sdpa(), random_values(BATCH, KEYS, DIM)
+    with eq.watch(model, modality=LABELS, names=NAMES) as record:
+        model(tokens)
     assert repr(record) == str(record.table())
     assert record._repr_html_() == record.table()._repr_html_()
     assert "<th>layer</th><th>audio</th>" in record._repr_html_()
@@ -441,7 +441,7 @@ def test_views_of_a_record(monkeypatch):
             ConfigError, match=r"to_pandas: expected the package pandas, got none installed. Install it: pip"
         ):
             view.to_pandas()
-    with eq.watch(made, modality=LABELS) as empty:
+    with eq.watch(model, modality=LABELS) as empty:
         pass
     assert repr(empty).startswith("AttentionRecord without attention: watch: expected")
     assert empty._repr_html_().startswith("<p>AttentionRecord without")
@@ -451,9 +451,9 @@ def test_views_of_a_record(monkeypatch):
 
 def test_records_as_data_frames():
     pytest.importorskip("pandas")
-    made, tokens = sdpa(), random_values(BATCH, KEYS, DIM)
-    with eq.watch(made, modality=LABELS, names=NAMES) as record:
-        made(tokens)
+    model, tokens = sdpa(), random_values(BATCH, KEYS, DIM)
+    with eq.watch(model, modality=LABELS, names=NAMES) as record:
+        model(tokens)
     frame = record.to_pandas()
     assert list(frame.columns) == ["layer", "sample", "head", "modality", "share"]
     assert len(frame) == BATCH * HEADS * 2
@@ -464,24 +464,24 @@ def test_records_as_data_frames():
 
 
 def test_batches_of_different_size_and_length():
-    made = nn.MultiheadAttention(DIM, HEADS, batch_first=True)
-    with eq.watch(made, modality=LABELS, tokens=True) as record:
+    layer = nn.MultiheadAttention(DIM, HEADS, batch_first=True)
+    with eq.watch(layer, modality=LABELS, tokens=True) as record:
         for size in (5, 3):
             tokens = random_values(size, KEYS, DIM)
-            made(tokens, tokens, tokens)
+            layer(tokens, tokens, tokens)
     assert record.share("MultiheadAttention").shape == (8, HEADS, 2)
     shorter = random_values(2, 4, DIM)
     message = "some batches of 'MultiheadAttention' are not in the table: it has 4 keys, and modality is given for 7"
-    with pytest.warns(UserWarning, match=message), eq.watch(made, modality=LABELS) as partly:
-        _ = [made(part, part, part) for part in (tokens, shorter)]
+    with pytest.warns(UserWarning, match=message), eq.watch(layer, modality=LABELS) as partly:
+        _ = [layer(part, part, part) for part in (tokens, shorter)]
     assert len(partly.share("MultiheadAttention")) == 3
     per_sample = torch.tensor([[0] * 7, [1] * 7, [0, 1, 0, 1, 0, 1, -1]])
-    with eq.watch(made.eval(), modality=per_sample) as rows:
-        _, attention = made(tokens, tokens, tokens, average_attn_weights=False)
+    with eq.watch(layer.eval(), modality=per_sample) as rows:
+        _, attention = layer(tokens, tokens, tokens, average_attn_weights=False)
     torch.testing.assert_close(rows.share("MultiheadAttention"), expected_share(attention, per_sample), **NEAR)
     message = "it has batch = 2, and modality is given for 3 samples"
-    with pytest.warns(UserWarning, match=message), eq.watch(made, modality=per_sample):
-        made(tokens[:2], tokens[:2], tokens[:2])
+    with pytest.warns(UserWarning, match=message), eq.watch(layer, modality=per_sample):
+        layer(tokens[:2], tokens[:2], tokens[:2])
 
 
 class Linear(nn.Module):
@@ -494,13 +494,13 @@ class Linear(nn.Module):
     (Linear(), "got '0', but it multiplies queries with keys .* intercepted. watch records equipoise's layers"),
 ])  # fmt: skip
 def test_attention_in_custom_code(layer, message):
-    made = nn.Sequential(layer)
-    with pytest.warns(UserWarning, match=message), eq.watch(made, modality=LABELS) as record:
-        made(random_values(BATCH, KEYS, DIM))
+    module = nn.Sequential(layer)
+    with pytest.warns(UserWarning, match=message), eq.watch(module, modality=LABELS) as record:
+        module(random_values(BATCH, KEYS, DIM))
     for ask in (record.table, lambda: record.share("0"), lambda: record.per_token("0"), lambda: record.special("0")):
         with pytest.raises(ConfigError, match="attention without softmax cannot be recorded"):
             ask()
-    with eq.watch(made, modality=LABELS) as idle:
+    with eq.watch(module, modality=LABELS) as idle:
         pass
     with pytest.raises(ConfigError, match=r"none, because the model did not run in the block. Call the model inside"):
         idle.table()
@@ -514,11 +514,11 @@ def test_attention_in_custom_code(layer, message):
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 def test_models_without_hooks_raise():
-    for made, message in (
+    for result, message in (
         (torch.jit.trace(Linear(), random_values(2, 3, 5)), "got a scripted one. Watch the model that was scripted"),
         ("model", r"watch: expected a torch.nn.Module, got str"),
     ):
-        with pytest.raises(ConfigError, match=message), eq.watch(made, modality=LABELS):
+        with pytest.raises(ConfigError, match=message), eq.watch(result, modality=LABELS):
             pytest.fail("watched")
 
 
@@ -539,19 +539,19 @@ def test_mismatched_labels_raise(labels, names, error, message):
 def test_checkpointed_layers_are_recorded_once():
     from torch.utils.checkpoint import checkpoint
 
-    made, tokens = (
+    layer, tokens = (
         nn.ModuleList([ExplicitAttention("sdpa"), ExplicitAttention("softmax")]),
         random_values(BATCH, KEYS, DIM).requires_grad_(),
     )
-    made.forward = lambda tokens: sum(
+    layer.forward = lambda tokens: sum(
         checkpoint(part, tokens, use_reentrant=reentrant).sum()
-        for part, reentrant in zip(made, (True, False), strict=True)
+        for part, reentrant in zip(layer, (True, False), strict=True)
     )
-    made(tokens).backward()
+    layer(tokens).backward()
     gradient = tokens.grad.clone()
     tokens.grad = None
-    with eq.watch(made, modality=LABELS) as record:
-        made(tokens).backward()
+    with eq.watch(layer, modality=LABELS) as record:
+        layer(tokens).backward()
     assert torch.equal(tokens.grad, gradient)
     assert [len(record.share(layer)) for layer in record.layers] == [BATCH, BATCH]
 
@@ -579,7 +579,7 @@ def test_share_measurement(size, heads, queries, keys, mask, causal, sinks, soft
         query, key, value, mask=record, is_causal=causal, sinks=draw(heads[0]) if sinks else None, softcap=softcap
     )
     labels = torch.randint(-1, 3, (size, keys), generator=random)
-    found = measure_share(call, labels, 3)
+    result = measure_share(call, labels, 3)
     for sample in range(size):
         for head in range(heads[0]):
             for row in range(queries):
@@ -588,33 +588,33 @@ def test_share_measurement(size, heads, queries, keys, mask, causal, sinks, soft
                 for modality in range(3):
                     own = sum(w for k, w in weights.items() if k != "sink" and labels[sample, k] == modality)
                     share = own / total if total else 0.0
-                    assert float(found.share[sample, head, row, modality]) == pytest.approx(share, abs=1e-6)
+                    assert float(result.share[sample, head, row, modality]) == pytest.approx(share, abs=1e-6)
                 if sinks:
-                    assert float(found.sink[sample, head, row]) == pytest.approx(weights["sink"] / total, abs=1e-6)
+                    assert float(result.sink[sample, head, row]) == pytest.approx(weights["sink"] / total, abs=1e-6)
     torch.testing.assert_close(
         attention_output(call), torch.cat(list(explicit_attention(call)), 2) @ value.repeat_interleave(heads[0] // heads[1], 1),
         **TOL[torch.float32],
     )  # fmt: skip
     index = torch.randint(0, queries, (size, 2), generator=random)
     some = measure_share(select_queries(call, index), labels, 3).share
-    whole = found.share.gather(2, index[:, None, :, None].expand(-1, heads[0], -1, 3))
-    torch.testing.assert_close(some, whole, **TOL[torch.float32])
+    full = result.share.gather(2, index[:, None, :, None].expand(-1, heads[0], -1, 3))
+    torch.testing.assert_close(some, full, **TOL[torch.float32])
 
 
 def slow_row(call, sample, head, row, group):
     """Returns exp(score - highest) of every visible key of a query, and of the sink."""
     scores = {}
-    for place in range(call.key.shape[2]):
-        score = float(call.query[sample, head, row] @ call.key[sample, head // group, place]) / math.sqrt(5)
+    for index in range(call.key.shape[2]):
+        score = float(call.query[sample, head, row] @ call.key[sample, head // group, index]) / math.sqrt(5)
         score = score if call.softcap is None else call.softcap * math.tanh(score / call.softcap)
         if call.mask is not None:
-            here = call.mask.expand(*call.sizes)[sample, head, row, place]
+            here = call.mask.expand(*call.sizes)[sample, head, row, index]
             if call.mask.dtype == torch.bool and not here:
                 continue
             score += 0.0 if call.mask.dtype == torch.bool else float(here)
-        if not call.is_causal or place <= row:
-            scores[place] = score
+        if not call.is_causal or index <= row:
+            scores[index] = score
     if call.sinks is not None:
         scores["sink"] = float(call.sinks[head])
     highest = max(scores.values(), default=0.0)
-    return {place: math.exp(score - highest) for place, score in scores.items()}
+    return {index: math.exp(score - highest) for index, score in scores.items()}

@@ -28,43 +28,43 @@ def encoder():
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("whole", [False, True])
-def test_torch_layers(reentrant, whole):
-    made, tokens = encoder()
-    with eq.watch(made, modality=LABELS) as plain:
-        made(tokens).sum().backward()
-    expected = [weight.grad.clone() for weight in made.parameters()]
-    made.zero_grad()
-    with eq.watch(made, modality=LABELS) as record:
-        if whole:
-            output = checkpoint(made, tokens, use_reentrant=reentrant)
+@pytest.mark.parametrize("full", [False, True])
+def test_torch_layers(reentrant, full):
+    result, tokens = encoder()
+    with eq.watch(result, modality=LABELS) as plain:
+        result(tokens).sum().backward()
+    expected = [weight.grad.clone() for weight in result.parameters()]
+    result.zero_grad()
+    with eq.watch(result, modality=LABELS) as record:
+        if full:
+            output = checkpoint(result, tokens, use_reentrant=reentrant)
         else:
-            output = checkpoint_sequential(made, 2, tokens, use_reentrant=reentrant)
+            output = checkpoint_sequential(result, 2, tokens, use_reentrant=reentrant)
         output.sum().backward()
     assert record.layers == plain.layers
     assert not record.missing
     for layer in plain.layers:
         assert torch.equal(record.share(layer), plain.share(layer))
-    for weight, before in zip(made.parameters(), expected, strict=True):
+    for weight, before in zip(result.parameters(), expected, strict=True):
         torch.testing.assert_close(weight.grad, before)
 
 
 def test_equipoise_model():
-    made = joint_model(dropout=0.0).train()
+    model = joint_model(dropout=0.0).train()
     inputs = batch()
-    with eq.watch(made) as plain:
-        made(inputs).logits.sum().backward()
-    with eq.watch(made) as record:
+    with eq.watch(model) as plain:
+        model(inputs).logits.sum().backward()
+    with eq.watch(model) as record:
         for _ in range(2):
-            checkpoint(made, inputs, use_reentrant=False).logits.sum().backward()
+            checkpoint(model, inputs, use_reentrant=False).logits.sum().backward()
     for layer in plain.layers:
         assert torch.equal(record.share(layer), plain.share(layer).repeat(2, 1, 1))
 
 
 def test_backward_after_the_context():
-    made, tokens = encoder()
-    with eq.watch(made, modality=LABELS) as record:
-        output = checkpoint(made, tokens, use_reentrant=False)
+    result, tokens = encoder()
+    with eq.watch(result, modality=LABELS) as record:
+        output = checkpoint(result, tokens, use_reentrant=False)
     output.sum().backward()
     assert all(len(record.share(layer)) == 3 for layer in record.layers)
 
@@ -73,19 +73,19 @@ def test_backward_after_the_context():
 @pytest.mark.parametrize("name", ["llava", "qwen2_vl", "florence2", "whisper"])
 def test_huggingface_gradient_checkpointing(name, reentrant):
     family = pytest.importorskip("small_vlms").family
-    made, inputs = family(name)
+    model, inputs = family(name)
     inputs["labels"] = inputs.get("decoder_input_ids", inputs.get("input_ids"))
-    made.train()
+    model.train()
 
     def steps():
-        with eq.watch(made) as record:
+        with eq.watch(model) as record:
             for seed in range(2):
                 torch.manual_seed(seed)
-                made(**inputs).loss.backward()
+                model(**inputs).loss.backward()
         return record
 
     plain = steps()
-    made.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     record = steps()
     assert record.layers == plain.layers
     for layer in plain.layers:

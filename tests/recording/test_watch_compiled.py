@@ -25,10 +25,10 @@ class CustomAttention(nn.Module):
     def forward(self, tokens):
         query, key, value = self.project(tokens).unflatten(-1, (3, 2, 3)).permute(2, 0, 3, 1, 4)
         if self.written:
-            found = (query @ key.transpose(-1, -2)).softmax(dim=-1) @ value
+            result = (query @ key.transpose(-1, -2)).softmax(dim=-1) @ value
         else:
-            found = F.scaled_dot_product_attention(query, key, value)
-        return found.transpose(1, 2).flatten(2)
+            result = F.scaled_dot_product_attention(query, key, value)
+        return result.transpose(1, 2).flatten(2)
 
 
 class Linear(nn.Linear):
@@ -46,35 +46,35 @@ class Model(nn.Module):
         return self.encoder(self.written(self.own(tokens)))
 
 
-def compile_with_torch_compile(made):
-    return torch.compile(made, backend="eager")
+def compile_with_torch_compile(model):
+    return torch.compile(model, backend="eager")
 
 
-def compile_forward(made):
-    made.forward = torch.compile(made.forward, backend="eager")
-    return made
+def compile_forward(model):
+    model.forward = torch.compile(model.forward, backend="eager")
+    return model
 
 
-def compile_in_place(made):
-    made.compile(backend="eager")
-    return made
+def compile_in_place(model):
+    model.compile(backend="eager")
+    return model
 
 
-def compile_submodule(made):
-    made.own = torch.compile(made.own, backend="eager")
-    return made
+def compile_submodule(model):
+    model.own = torch.compile(model.own, backend="eager")
+    return model
 
 
-def forward_of_a_part(made):
-    made.written.forward = torch.compile(made.written.forward, backend="eager")
-    made.encoder.self_attn.forward = torch.compile(made.encoder.self_attn.forward, backend="eager")
-    return made
+def forward_of_a_part(model):
+    model.written.forward = torch.compile(model.written.forward, backend="eager")
+    model.encoder.self_attn.forward = torch.compile(model.encoder.self_attn.forward, backend="eager")
+    return model
 
 
-def compile_of_a_part(made):
-    made.encoder.compile(backend="eager")
-    made.own.compile(backend="aot_eager")
-    return made
+def compile_of_a_part(model):
+    model.encoder.compile(backend="eager")
+    model.own.compile(backend="aot_eager")
+    return model
 
 
 COMPILED = (
@@ -100,12 +100,12 @@ def ignore_warnings():
 @pytest.mark.parametrize("ran", [False, True])
 def test_compiled_models(compile_model, ran):
     torch.manual_seed(0)
-    made = Model().eval()
+    model = Model().eval()
     tokens = torch.randn(3, 5, 6)
     with torch.no_grad():
-        with eq.watch(made, modality=LABELS, names=NAMES) as plain:
-            expected = made(tokens)
-        compiled = compile_model(copy.deepcopy(made))
+        with eq.watch(model, modality=LABELS, names=NAMES) as plain:
+            expected = model(tokens)
+        compiled = compile_model(copy.deepcopy(model))
         before = compiled(tokens) if ran else expected
         with eq.watch(compiled, modality=LABELS, names=NAMES) as record:
             inside = compiled(tokens)
@@ -121,29 +121,29 @@ def test_compiled_models(compile_model, ran):
 
 def test_compiled_code_is_reused():
     counter = torch._dynamo.testing.CompileCounter()
-    made = torch.compile(Model().eval(), backend=counter)
+    result = torch.compile(Model().eval(), backend=counter)
     tokens = torch.randn(3, 5, 6)
     with torch.no_grad():
-        made(tokens)
+        result(tokens)
         count = counter.frame_count
-        with pytest.raises(KeyError), eq.watch(made, modality=LABELS):
-            {}[made(tokens)]
-        made(tokens)
+        with pytest.raises(KeyError), eq.watch(result, modality=LABELS):
+            {}[result(tokens)]
+        result(tokens)
     assert counter.frame_count == count > 0
 
 
 def test_compilation_inside_the_context():
-    made = Model().eval()
-    with torch.no_grad(), eq.watch(made, modality=LABELS) as record:
-        torch.compile(made, backend="eager")(torch.randn(3, 5, 6))
+    model = Model().eval()
+    with torch.no_grad(), eq.watch(model, modality=LABELS) as record:
+        torch.compile(model, backend="eager")(torch.randn(3, 5, 6))
     assert len(record.layers) == 3
 
 
 def test_compiler_stance_is_restored():
-    made = Model().eval()
+    model = Model().eval()
     with torch.compiler.set_stance("fail_on_recompile"):
-        with torch.no_grad(), eq.watch(made, modality=LABELS), eq.watch(made, modality=LABELS):
-            made(torch.randn(3, 5, 6))
+        with torch.no_grad(), eq.watch(model, modality=LABELS), eq.watch(model, modality=LABELS):
+            model(torch.randn(3, 5, 6))
         assert torch._dynamo.eval_frame._stance.stance == "fail_on_recompile"
 
 
@@ -152,15 +152,15 @@ def exported():
 
 
 def forward_traced():
-    made = Model()
-    made.own.forward = torch.jit.trace(Linear().forward, (torch.randn(3, 5, 6),))
-    return made
+    model = Model()
+    model.own.forward = torch.jit.trace(Linear().forward, (torch.randn(3, 5, 6),))
+    return model
 
 
 def parallel():
-    made = nn.DataParallel(CustomAttention())
-    made.device_ids = [0, 1]
-    return made
+    layer = nn.DataParallel(CustomAttention())
+    layer.device_ids = [0, 1]
+    return layer
 
 
 @pytest.mark.parametrize(("make", "message"), [
@@ -180,19 +180,19 @@ def test_unreachable_attention_raises(make, message):
 @pytest.mark.parametrize("how", ["forward", "compile"])
 def test_parts_of_a_vision_language_model(part, how):
     family = pytest.importorskip("small_vlms").family
-    made, inputs = family("llava")
-    with torch.no_grad(), eq.watch(made) as plain:
-        made(**inputs)
-    inner = made.get_submodule(part)
+    model, inputs = family("llava")
+    with torch.no_grad(), eq.watch(model) as plain:
+        model(**inputs)
+    inner = model.get_submodule(part)
     if how == "forward":
         inner.forward = torch.compile(inner.forward, backend="eager")
     else:
         inner.compile(backend="eager")
-    with torch.no_grad(), eq.watch(made) as record:
-        made(**inputs)
+    with torch.no_grad(), eq.watch(model) as record:
+        model(**inputs)
     assert record.layers == plain.layers
     for layer in plain.layers:
         assert torch.equal(record.share(layer), plain.share(layer))
-    with eq.watch(torch.compile(made, backend="eager"), queries="last") as whole:
-        made.generate(**inputs, max_new_tokens=2, do_sample=False)
-    assert whole.layers == plain.layers
+    with eq.watch(torch.compile(model, backend="eager"), queries="last") as full:
+        model.generate(**inputs, max_new_tokens=2, do_sample=False)
+    assert full.layers == plain.layers

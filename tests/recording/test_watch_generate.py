@@ -33,17 +33,17 @@ def ignore_warnings():
 
 def stop_word(model, inputs):
     """Returns a token that the first sample generates third, and no sample generates earlier."""
-    found = model.generate(**inputs, **GREEDY)[:, -6:]
-    return int(found[0, 2])
+    result = model.generate(**inputs, **GREEDY)[:, -6:]
+    return int(result[0, 2])
 
 
 def lengths(written, options):
     """Returns the number of generated tokens of each returned sequence, including its last one."""
-    stop, found = options.get("eos_token_id"), []
+    stop, result = options.get("eos_token_id"), []
     for row in written.tolist():
-        found.append(row.index(stop) + 1 if stop in row else len(row))
+        result.append(row.index(stop) + 1 if stop in row else len(row))
         assert not stop or stop in row or 0 not in row
-    return found
+    return result
 
 
 def expected_shares(model, inputs, sequences, queries="last", **options):
@@ -51,7 +51,7 @@ def expected_shares(model, inputs, sequences, queries="last", **options):
     backend = model.config._attn_implementation
     model.set_attn_implementation("eager")
     prompt = inputs["input_ids"].shape[1]
-    found = []
+    result = []
     for row, length in enumerate(lengths(sequences[:, prompt:], options)):
         sample = row // (len(sequences) // len(inputs["input_ids"]))
         own = {key: value[sample : sample + 1] for key, value in inputs.items()}
@@ -69,9 +69,9 @@ def expected_shares(model, inputs, sequences, queries="last", **options):
             rows[:] = labels[0] == ("text", "image").index(queries)
             rows[-1] = False
         mean = attention[:, rows & (mask[0] == 1)].double().mean(dim=1)
-        found.append(torch.stack([mean[:, labels[0] == modality].sum(dim=-1) for modality in (0, 1)], dim=-1))
+        result.append(torch.stack([mean[:, labels[0] == modality].sum(dim=-1) for modality in (0, 1)], dim=-1))
     model.set_attn_implementation(backend)
-    return torch.stack(found).float()
+    return torch.stack(result).float()
 
 
 def assistant():
@@ -138,7 +138,7 @@ def test_rows_are_the_returned_sequences(name, queries):
     with eq.watch(model, queries=queries, tokens=True) as record:
         watched = model.generate(**inputs, **options)
     assert type(watched) is type(plain)
-    plain, watched = (getattr(found, "sequences", found) for found in (plain, watched))
+    plain, watched = (getattr(result, "sequences", result) for result in (plain, watched))
     assert torch.equal(plain, watched)
     assert not [layer for layer in record.missing if "language_model" in layer]
     expected = expected_shares(model, inputs, watched, queries, **options)
@@ -160,9 +160,9 @@ def test_rows_are_the_returned_sequences(name, queries):
 
 def assert_shares(model, inputs, options, queries="last"):
     with eq.watch(model, queries=queries) as record:
-        found = model.generate(**inputs, **options)
-    torch.testing.assert_close(record.share(LAYER), expected_shares(model, inputs, found, queries, **options), **NEAR)
-    return record, found
+        result = model.generate(**inputs, **options)
+    torch.testing.assert_close(record.share(LAYER), expected_shares(model, inputs, result, queries, **options), **NEAR)
+    return record, result
 
 
 def test_several_calls_in_one_context():
@@ -172,11 +172,11 @@ def test_several_calls_in_one_context():
     expected = []
     with eq.watch(model, queries="last") as record:
         for options in several:
-            found = model.generate(**inputs, **options)
-            expected.append((found, options))
+            result = model.generate(**inputs, **options)
+            expected.append((result, options))
         with torch.no_grad():
             model(**inputs)
-    parts = [expected_shares(model, inputs, found, **options) for found, options in expected]
+    parts = [expected_shares(model, inputs, result, **options) for result, options in expected]
     with torch.no_grad(), eq.watch(model, queries="last") as forward:
         model(**inputs)
     parts.append(forward.share(LAYER))
@@ -198,12 +198,12 @@ def test_custom_stopping_criterion(ends):
     options |= {"eos_token_id": 96, "pad_token_id": 0} if ends else {"eos_token_id": None}
     model.generation_config.eos_token_id = None
     with eq.watch(model, queries="last") as record:
-        found = model.generate(**inputs, **options)
+        result = model.generate(**inputs, **options)
     # With an end token, the first sequence is padded after it; without one, it continues.
-    assert bool((found[0, 16:] == 0).all()) == ends
-    expected = expected_shares(model, {key: value[1:] for key, value in inputs.items()}, found[1:], pad_token_id=0)
+    assert bool((result[0, 16:] == 0).all()) == ends
+    expected = expected_shares(model, {key: value[1:] for key, value in inputs.items()}, result[1:], pad_token_id=0)
     torch.testing.assert_close(record.share(LAYER)[1:], expected, **NEAR)
-    first = found[:1, :16] if ends else found[:1]
+    first = result[:1, :16] if ends else result[:1]
     expected = expected_shares(model, {key: value[:1] for key, value in inputs.items()}, first)
     torch.testing.assert_close(record.share(LAYER)[:1], expected, **NEAR)
 
@@ -213,14 +213,14 @@ def test_custom_labels_and_masks(name):
     model, inputs, options = case(name)
     own = (inputs["input_ids"] == IMAGE).long().masked_fill(inputs["attention_mask"] == 0, -1)
     mask = own == 1
-    with eq.watch(model, queries="last") as told:
+    with eq.watch(model, queries="last") as messages:
         model.generate(**inputs, **options)
     with eq.watch(model, queries="last", modality=own, names=("text", "image")) as given:
         model.generate(**inputs, **options)
-    assert torch.equal(given.share(LAYER), told.share(LAYER))
+    assert torch.equal(given.share(LAYER), messages.share(LAYER))
     with eq.watch(model, queries=mask) as masked:
-        found = model.generate(**inputs, **options)
-    torch.testing.assert_close(masked.share(LAYER), expected_shares(model, inputs, found, "image", **options), **NEAR)
+        result = model.generate(**inputs, **options)
+    torch.testing.assert_close(masked.share(LAYER), expected_shares(model, inputs, result, "image", **options), **NEAR)
     with (
         pytest.warns(UserWarning, match=r"queries is a mask of shape \(\d, 12\)"),
         eq.watch(model, queries=mask[:, 1:]),
@@ -270,21 +270,21 @@ def test_encoder_decoder(options):
     options = {"max_new_tokens": 5, "min_new_tokens": 5, **options}
     torch.manual_seed(2)
     with eq.watch(model, queries="last") as record:
-        found = model.generate(**inputs, **options)
-    each = len(found) // 2
+        result = model.generate(**inputs, **options)
+    each = len(result) // 2
     many = {key: value.repeat_interleave(each, dim=0) for key, value in inputs.items()}
     model.set_attn_implementation("eager")
     with torch.no_grad():
-        output = model(**many, decoder_input_ids=found[:, :-1], output_attentions=True)
+        output = model(**many, decoder_input_ids=result[:, :-1], output_attentions=True)
     labels = (many["input_ids"] == IMAGE).long().masked_fill(many["attention_mask"] == 0, -1)
     mean = output.cross_attentions[1].mean(dim=2)
     expected = torch.stack([(mean * (labels == m)[:, None]).sum(dim=-1) for m in (0, 1)], dim=-1)
     share = record.share("model.language_model.decoder.layers.1.encoder_attn")
     torch.testing.assert_close(share, expected, **NEAR)
     # The encoder ran once per sample; its rows are expanded to the returned sequences.
-    assert all(len(record.share(layer)) == len(found) for layer in record.layers)
+    assert all(len(record.share(layer)) == len(result) for layer in record.layers)
     with torch.no_grad(), eq.watch(model, queries="last") as forward:
-        model(**many, decoder_input_ids=found[:, :-1])
+        model(**many, decoder_input_ids=result[:, :-1])
     layer = "model.language_model.encoder.layers.1.self_attn"
     torch.testing.assert_close(record.share(layer), forward.share(layer), **NEAR)
 
@@ -298,8 +298,8 @@ def test_families(name, options):
     given = {"modality": torch.tensor([1] * 5 + [0] * 13), "names": ("text", "image")} if name == "git" else {}
     plain = model.generate(**inputs, **options)
     with eq.watch(model, queries="last", **given) as record:
-        found = model.generate(**inputs, **options)
-    assert torch.equal(plain, found)
+        result = model.generate(**inputs, **options)
+    assert torch.equal(plain, result)
     for layer in record.layers:
         if "qformer" not in layer:
             assert len(record.share(layer)) == 2 * options.get("num_return_sequences", 1)
@@ -311,16 +311,16 @@ def test_nested_and_repeated_contexts():
     model, inputs = family("llava")
     options = {**GREEDY, "num_beams": 3}
     with eq.watch(model, queries="last") as outer, eq.watch(model, queries="all") as inner:
-        found = model.generate(**inputs, **options)
+        result = model.generate(**inputs, **options)
     labels = (inputs["input_ids"] == IMAGE).long().masked_fill(inputs["attention_mask"] == 0, -1)
     given = {"modality": labels, "names": ("text", "image"), "queries": "last"}
-    with eq.watch(model.model.language_model, **given) as part, eq.watch(model, queries="last") as whole:
+    with eq.watch(model.model.language_model, **given) as part, eq.watch(model, queries="last") as full:
         model.generate(**inputs, **options)
     with eq.watch(model.model, queries="last") as body:
         model.generate(**inputs, **options)
-    torch.testing.assert_close(outer.share(LAYER), expected_shares(model, inputs, found), **NEAR)
-    torch.testing.assert_close(inner.share(LAYER), expected_shares(model, inputs, found, "all"), **NEAR)
-    assert torch.equal(whole.share(LAYER), outer.share(LAYER))
+    torch.testing.assert_close(outer.share(LAYER), expected_shares(model, inputs, result), **NEAR)
+    torch.testing.assert_close(inner.share(LAYER), expected_shares(model, inputs, result, "all"), **NEAR)
+    assert torch.equal(full.share(LAYER), outer.share(LAYER))
     for record, layer in ((part, "layers.1.self_attn"), (body, "language_model.layers.1.self_attn")):
         assert torch.equal(record.share(layer), outer.share(LAYER))
 
@@ -339,6 +339,6 @@ def test_error_inside_generate():
     with eq.watch(model, queries="last") as record:
         with pytest.raises(KeyError, match="broken"):
             model.generate(**inputs, **options, logits_processor=broken)
-        found = model.generate(**inputs, **options)
-    torch.testing.assert_close(record.share(LAYER), expected_shares(model, inputs, found), **NEAR)
+        result = model.generate(**inputs, **options)
+    torch.testing.assert_close(record.share(LAYER), expected_shares(model, inputs, result), **NEAR)
     assert all(name not in vars(type(model)) for name in ("_sample", "_beam_search", "generate"))

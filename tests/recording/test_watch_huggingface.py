@@ -42,29 +42,29 @@ def ignore_warnings():
 
 def labels_of(inputs, names):
     """Returns (batch, token) labels from the placeholders of the tests."""
-    found = torch.full_like(inputs["input_ids"], names.index("text"))
+    result = torch.full_like(inputs["input_ids"], names.index("text"))
     for token, name in ((IMAGE, "image"), (VIDEO, "video"), (AUDIO, "audio")):
         if name in names:
-            found[inputs["input_ids"] == token] = names.index(name)
+            result[inputs["input_ids"] == token] = names.index(name)
     if "image_embeds_position_mask" in inputs:
-        found[inputs["image_embeds_position_mask"] == 1] = names.index("image")
-    return found.masked_fill(inputs["attention_mask"] == 0, -1)
+        result[inputs["image_embeds_position_mask"] == 1] = names.index("image")
+    return result.masked_fill(inputs["attention_mask"] == 0, -1)
 
 
 def expected_share(attention, labels, rows, count):
     """Computes the definition in loops over samples and modalities."""
-    found = torch.zeros(*attention.shape[:2], count, dtype=torch.float64)
+    result = torch.zeros(*attention.shape[:2], count, dtype=torch.float64)
     for sample in range(len(attention)):
         mean = attention[sample, :, rows[sample]].double().mean(dim=1)
         for modality in range(count):
-            found[sample, :, modality] = mean[:, labels[sample] == modality].sum(dim=-1)
-    return found.float()
+            result[sample, :, modality] = mean[:, labels[sample] == modality].sum(dim=-1)
+    return result.float()
 
 
 def eager_attention(model):
-    made = copy.deepcopy(model)
-    made.set_attn_implementation("eager")
-    return made
+    result = copy.deepcopy(model)
+    result.set_attn_implementation("eager")
+    return result
 
 
 def find_layer(layers, number):
@@ -119,8 +119,8 @@ def test_generate(name, cache):
     assert torch.equal(plain, watched)
     model.set_attn_implementation("eager")
     torch.manual_seed(3)
-    found = model.generate(**inputs, **options, **written)
-    steps, beams = found.attentions, getattr(found, "beam_indices", None)
+    result = model.generate(**inputs, **options, **written)
+    steps, beams = result.attentions, getattr(result, "beam_indices", None)
     count = len(record.names)
     prompt = labels_of(inputs, record.names)
     labels = nn.functional.pad(prompt, (0, 4), value=record.names.index("text"))
@@ -289,8 +289,8 @@ def test_parallel_streams():
     model, inputs = family("lxmert")
     with torch.no_grad(), eq.watch(model, modality=torch.tensor(WORDS + PICTURE), names=("text", "image")) as record:
         model(**inputs)
-    found = {layer: int(record.share(layer).mean(dim=(0, 1)).argmax()) for layer in record.layers}
-    assert found == {
+    result = {layer: int(record.share(layer).mean(dim=(0, 1)).argmax()) for layer in record.layers}
+    assert result == {
         "encoder.layer.0.attention.self": 0, "encoder.r_layers.0.attention.self": 1,
         "encoder.x_layers.0.visual_attention.att": 1, "encoder.x_layers.0.visual_attention.att#2": 0,
         "encoder.x_layers.0.lang_self_att.self": 0, "encoder.x_layers.0.visn_self_att.self": 1,

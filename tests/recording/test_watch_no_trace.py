@@ -28,47 +28,47 @@ class FailingModel(nn.Module):
         self.inside, self.fails = inside, False
 
     def forward(self, *args, **kwargs):
-        found = self.inside(*args, **kwargs)
+        result = self.inside(*args, **kwargs)
         if self.fails:
             raise RuntimeError("broken")
-        return found
+        return result
 
 
 def fusion():
-    made = joint_model(dropout=0.5).train()
-    made.fusion.eval()
-    made.encoders["audio"] = FailingModel(made.encoders["audio"])
-    return made, made.encoders["audio"], lambda: made(batch()), {}
+    model = joint_model(dropout=0.5).train()
+    model.fusion.eval()
+    model.encoders["audio"] = FailingModel(model.encoders["audio"])
+    return model, model.encoders["audio"], lambda: model(batch()), {}
 
 
 def encoder():
-    made = nn.Sequential(FailingModel(nn.TransformerEncoder(nn.TransformerEncoderLayer(6, 2, 7, batch_first=True), 2)))
-    made.train()[0].inside.layers[1].eval()
+    layer = nn.Sequential(FailingModel(nn.TransformerEncoder(nn.TransformerEncoderLayer(6, 2, 7, batch_first=True), 2)))
+    layer.train()[0].inside.layers[1].eval()
     tokens = torch.randn(3, 5, 6, generator=torch.Generator().manual_seed(0))
-    return made, made[0], lambda: made(tokens), {"modality": LABELS}
+    return layer, layer[0], lambda: layer(tokens), {"modality": LABELS}
 
 
 def inference():
-    made, breaks, run, options = encoder()
+    result, breaks, run, options = encoder()
 
     def without_gradients():
         with torch.no_grad():
             run()
 
-    made.eval()
-    return made, breaks, without_gradients, options
+    result.eval()
+    return result, breaks, without_gradients, options
 
 
 def vision_language():
     small_vlms = pytest.importorskip("small_vlms")
-    made, inputs = small_vlms.family("llava")
-    made.set_attn_implementation({"vision_config": "eager"})
-    made.train().model.vision_tower.eval()
+    model, inputs = small_vlms.family("llava")
+    model.set_attn_implementation({"vision_config": "eager"})
+    model.train().model.vision_tower.eval()
     with torch.no_grad():
-        made(**inputs)  # Run once, so that changes by transformers itself precede the comparison.
-    made.model.language_model.norm = FailingModel(made.model.language_model.norm)
+        model(**inputs)  # Run once, so that changes by transformers itself precede the comparison.
+    model.model.language_model.norm = FailingModel(model.model.language_model.norm)
     options = {"max_new_tokens": 3, "do_sample": False}
-    return made, made.model.language_model.norm, lambda: made.generate(**inputs, **options), {}
+    return model, model.model.language_model.norm, lambda: model.generate(**inputs, **options), {}
 
 
 MADE = {made.__name__: made for made in (fusion, encoder, inference, vision_language)}
@@ -85,19 +85,19 @@ def attention_functions():
     return [(dict(vars(face)), dict(face._global_mapping)) for face in faces]
 
 
-def model_state(made):
-    configs = [part.config for part in made.modules() if hasattr(part, "config")]
+def model_state(model):
+    configs = [part.config for part in model.modules() if hasattr(part, "config")]
     return {
-        "modes": [part.training for part in made.modules()],
-        "hooks": [len(getattr(part, kind)) for part in made.modules() for kind in HOOKS],
+        "modes": [part.training for part in model.modules()],
+        "hooks": [len(getattr(part, kind)) for part in model.modules() for kind in HOOKS],
         "global hooks": {name: len(getattr(registry, name)) for name in GLOBAL},
-        "attributes": [sorted(part.__dict__) for part in made.modules()],
+        "attributes": [sorted(part.__dict__) for part in model.modules()],
         "modes of functions": len(_get_current_function_mode_stack()),
         "backends": [getattr(config, "_attn_implementation", None) for config in configs],
         "functions": attention_functions(),
         "fast path": torch.backends.mha.get_fastpath_enabled(),
-        "grad": [None if weight.grad is None else weight.grad.tolist() for weight in made.parameters()],
-        "weights": {name: value.tolist() for name, value in made.state_dict().items()},
+        "grad": [None if weight.grad is None else weight.grad.tolist() for weight in model.parameters()],
+        "weights": {name: value.tolist() for name, value in model.state_dict().items()},
         "gradients on": torch.is_grad_enabled(),
         "autocast": torch.is_autocast_enabled("cpu"),
     }
@@ -106,45 +106,45 @@ def model_state(made):
 @pytest.mark.parametrize("name", MADE)
 @pytest.mark.parametrize("ends", ["well", "with a user's error", "with the model's error", "with an error beside it"])
 def test_model_is_restored(name, ends):
-    made, breaks, run, options = MADE[name]()
+    model, breaks, run, options = MADE[name]()
     # Some gradients exist already, as during gradient accumulation.
-    first = next(made.parameters())
+    first = next(model.parameters())
     first.grad = torch.ones_like(first)
-    before = model_state(made)
+    before = model_state(model)
     torch.manual_seed(7)
     run()
     after = torch.random.get_rng_state()
     torch.manual_seed(7)
     if ends == "well":
-        with eq.watch(made, **options), eq.watch(made, queries="last", tokens=True, **options):
+        with eq.watch(model, **options), eq.watch(model, queries="last", tokens=True, **options):
             run()
         assert torch.equal(torch.random.get_rng_state(), after)
     elif ends == "with a user's error":
-        with pytest.raises(EquipoiseError, match="known word or modality"), eq.watch(made, queries="adio", **options):
+        with pytest.raises(EquipoiseError, match="known word or modality"), eq.watch(model, queries="adio", **options):
             run()
     elif ends == "with the model's error":
         breaks.fails = True
-        with pytest.raises(RuntimeError, match="broken"), eq.watch(made, **options), eq.watch(made, **options):
+        with pytest.raises(RuntimeError, match="broken"), eq.watch(model, **options), eq.watch(model, **options):
             run()
         breaks.fails = False
     else:
-        with pytest.raises(KeyError), eq.watch(made, **options):
+        with pytest.raises(KeyError), eq.watch(model, **options):
             {}[run()]
-    assert model_state(made) == before
+    assert model_state(model) == before
 
 
 @pytest.mark.parametrize("name", MADE)
 def test_recording_works_after_an_error(name):
-    made, breaks, run, options = MADE[name]()
-    made.eval()
-    with eq.watch(made, **options) as whole:
+    model, breaks, run, options = MADE[name]()
+    model.eval()
+    with eq.watch(model, **options) as full:
         run()
-    with eq.watch(made, **options) as record:
+    with eq.watch(model, **options) as record:
         breaks.fails = True
         with pytest.raises(RuntimeError, match="broken"):
             run()
         breaks.fails = False
         run()
-    for layer in whole.layers:
-        count = len(whole.share(layer))
-        assert torch.equal(record.share(layer)[-count:], whole.share(layer))
+    for layer in full.layers:
+        count = len(full.share(layer))
+        assert torch.equal(record.share(layer)[-count:], full.share(layer))

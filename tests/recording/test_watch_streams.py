@@ -25,11 +25,11 @@ def quiet_transformers():
 
 def record_model(model, inputs):
     """Returns the record, and the warnings of ``watch``."""
-    with torch.no_grad(), warnings.catch_warnings(record=True) as told:
+    with torch.no_grad(), warnings.catch_warnings(record=True) as messages:
         warnings.simplefilter("always")
         with eq.watch(model.eval()) as record:
             model(**inputs)
-    return record, [str(w.message) for w in told if str(w.message).startswith("watch")]
+    return record, [str(w.message) for w in messages if str(w.message).startswith("watch")]
 
 
 def single_layer(record, layer):
@@ -48,8 +48,10 @@ def test_pix2struct_patches_of_any_number(patches):
             "decoder_start_token_id": 0}  # fmt: skip
     model = hf.Pix2StructForConditionalGeneration(hf.Pix2StructConfig(text_config=text, vision_config=vision))
     flat = torch.cat([torch.ones(2, patches, 2), torch.randn(2, patches, 48)], dim=-1)
-    record, told = record_model(model, {"flattened_patches": flat, "decoder_input_ids": torch.randint(3, 80, (2, 9))})
-    assert not told
+    record, messages = record_model(
+        model, {"flattened_patches": flat, "decoder_input_ids": torch.randint(3, 80, (2, 9))}
+    )
+    assert not messages
     assert not record.missing
     assert single_layer(record, "encoder.encoder.layer.0.attention") == "image"
     assert single_layer(record, "decoder.layer.0.self_attention.attention") == "text"
@@ -74,7 +76,7 @@ def test_groundingdino_sampling_points_are_missing(words):
     ids[:, 0] = 1
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.randn(2, 3, 32, 32),
               "pixel_mask": torch.ones(2, 32, 32, dtype=torch.long)}  # fmt: skip
-    record, told = record_model(hf.GroundingDinoForObjectDetection(config), inputs)
+    record, messages = record_model(hf.GroundingDinoForObjectDetection(config), inputs)
     deformable = [
         *(f"model.encoder.layers.{n}.deformable_layer.self_attn" for n in (0, 1)),
         *(f"model.decoder.layers.{n}.encoder_attn" for n in (0, 1)),
@@ -82,8 +84,8 @@ def test_groundingdino_sampling_points_are_missing(words):
     for layer in deformable:
         assert layer not in record.backends
         assert "not attention over tokens" in record.missing[layer]
-    assert len(told) == 1
-    assert "not in the table" in told[0]
+    assert len(messages) == 1
+    assert "not in the table" in messages[0]
     for number in (0, 1):
         # Images attend to words, and words attend to images, in one module.
         fusion = f"model.encoder.layers.{number}.fusion_layer.attn"
@@ -105,11 +107,11 @@ def test_missing_layers_are_reported_everywhere():
         num_key_value_heads=2, attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, num_experts=2,
         use_mamba_kernels=False, mamba_d_state=4, mamba_dt_rank=4,
     )  # fmt: skip
-    record, told = record_model(hf.JambaForCausalLM(config), {"input_ids": torch.randint(3, 80, (2, 7))})
+    record, messages = record_model(hf.JambaForCausalLM(config), {"input_ids": torch.randint(3, 80, (2, 7))})
     assert list(record.missing) == ["model.layers.0.mamba"]
     reason = record.missing["model.layers.0.mamba"]
     assert reason.startswith("a layer without attention")
-    assert told == [f"watch: 'model.layers.0.mamba' is not in the table: {reason}."]
+    assert messages == [f"watch: 'model.layers.0.mamba' is not in the table: {reason}."]
     table = record.table()
     console = Console(width=300)
     with console.capture() as captured:
@@ -157,15 +159,15 @@ def test_traced_codes_of_learned_queries():
     queries = torch.randn(2, 3, 4)
 
     def reads(*sources):
-        found = queries
+        result = queries
         for source in sources:
-            found = found + torch.nn.functional.scaled_dot_product_attention(found, source, source)
-        return found
+            result = result + torch.nn.functional.scaled_dot_product_attention(result, source, source)
+        return result
 
-    origin, found = follow(lambda b: reads(b), b=((5, 4), 2))
-    assert origin.codes_of(found).unique().tolist() == [2 + QUERY]
-    origin, found = follow(lambda a, b: reads(a, b), a=((5, 4), 1), b=((5, 4), 2))
-    assert origin.codes_of(found).unique().tolist() == [READER]
+    origin, result = follow(lambda b: reads(b), b=((5, 4), 2))
+    assert origin.codes_of(result).unique().tolist() == [2 + QUERY]
+    origin, result = follow(lambda a, b: reads(a, b), a=((5, 4), 1), b=((5, 4), 2))
+    assert origin.codes_of(result).unique().tolist() == [READER]
     # Learned queries have the modality that they attended to when they join another stream.
-    origin, found = follow(lambda a, b: torch.cat([reads(b), a], dim=1), a=((5, 4), 1), b=((5, 4), 2))
-    assert origin.codes_of(found)[0, :, 0].tolist() == [2] * 3 + [1] * 5
+    origin, result = follow(lambda a, b: torch.cat([reads(b), a], dim=1), a=((5, 4), 1), b=((5, 4), 2))
+    assert origin.codes_of(result)[0, :, 0].tolist() == [2] * 3 + [1] * 5

@@ -18,20 +18,20 @@ LABELS = torch.tensor([0, 0, 1, 1, -1])
 
 
 def fusion():
-    made, inputs = joint_model().eval(), batch()
-    return made, lambda: made(inputs), {}
+    model, inputs = joint_model().eval(), batch()
+    return model, lambda: model(inputs), {}
 
 
 def encoder():
-    made = nn.TransformerEncoder(nn.TransformerEncoderLayer(6, 2, 7, batch_first=True), 2).eval()
+    layer = nn.TransformerEncoder(nn.TransformerEncoderLayer(6, 2, 7, batch_first=True), 2).eval()
     tokens = torch.randn(3, 5, 6)
-    return made, lambda: made(tokens), {"modality": LABELS}
+    return layer, lambda: layer(tokens), {"modality": LABELS}
 
 
 def vision_language():
     small_vlms = pytest.importorskip("small_vlms")
-    made, inputs = small_vlms.family("llava")
-    return made, lambda: made.generate(**inputs, max_new_tokens=3, do_sample=False), {}
+    model, inputs = small_vlms.family("llava")
+    return model, lambda: model.generate(**inputs, max_new_tokens=3, do_sample=False), {}
 
 
 MADE = {made.__name__: made for made in (fusion, encoder, vision_language)}
@@ -47,12 +47,12 @@ def ignore_warnings():
 
 def patched():
     """Returns the global functions that recording replaces."""
-    found = [
+    result = [
         threading.Thread.start,
         *(len(getattr(registry, f"_global_forward_{kind}")) for kind in ("hooks", "pre_hooks")),
     ]
-    found.append(torch._dynamo.eval_frame._stance.stance if hasattr(torch, "_dynamo") else None)
-    return found
+    result.append(torch._dynamo.eval_frame._stance.stance if hasattr(torch, "_dynamo") else None)
+    return result
 
 
 def run_threads(*works):
@@ -70,32 +70,32 @@ def run_threads(*works):
 
 @pytest.mark.parametrize("name", MADE)
 def test_one_model_recorded_in_several_threads(name):
-    made, run, options = MADE[name]()
-    before, forwards = patched(), [part.__dict__.get("forward") for part in made.modules()]
-    with torch.no_grad(), eq.watch(made, **options) as record:
+    model, run, options = MADE[name]()
+    before, forwards = patched(), [part.__dict__.get("forward") for part in model.modules()]
+    with torch.no_grad(), eq.watch(model, **options) as record:
         run()
     right = str(record.table())
 
     def work():
         tables = set()
         for _ in range(4):
-            with eq.watch(made, **options) as own:
+            with eq.watch(model, **options) as own:
                 run()
             tables.add(str(own.table()))
         return tables
 
     assert run_threads(*[work] * 4) == [{right}] * 4
     assert patched() == before
-    assert [part.__dict__.get("forward") for part in made.modules()] == forwards
+    assert [part.__dict__.get("forward") for part in model.modules()] == forwards
 
 
 def test_contexts_that_end_in_any_order():
-    made, run, options = encoder()
+    result, run, options = encoder()
     before = patched()
     first, second = threading.Event(), threading.Event()
 
     def early():
-        with eq.watch(made, **options) as record:
+        with eq.watch(result, **options) as record:
             first.set()
             second.wait()
             run()
@@ -103,29 +103,29 @@ def test_contexts_that_end_in_any_order():
 
     def late():
         first.wait()
-        with eq.watch(made, **options) as record:
+        with eq.watch(result, **options) as record:
             second.set()
             one.join()
             run()
         return record.table()
 
-    found = []
-    one = threading.Thread(target=lambda: found.append(early()))
-    other = threading.Thread(target=lambda: found.append(late()))
+    actual = []
+    one = threading.Thread(target=lambda: actual.append(early()))
+    other = threading.Thread(target=lambda: actual.append(late()))
     one.start(), other.start(), one.join(), other.join()
-    assert [len(table) for table in found] == [2, 2]
-    assert str(found[0]) == str(found[1])
+    assert [len(table) for table in actual] == [2, 2]
+    assert str(actual[0]) == str(actual[1])
     assert patched() == before
-    assert all("forward" not in part.__dict__ for part in made.modules())
+    assert all("forward" not in part.__dict__ for part in result.modules())
 
 
 def test_two_models_and_an_unrecorded_run():
     one, run_one, options = encoder()
     two, run_two, _ = fusion()
 
-    def watched(made, run, **given):
+    def watched(model, run, **given):
         for _ in range(5):
-            with eq.watch(made, **given) as record:
+            with eq.watch(model, **given) as record:
                 run()
         return {layer: len(record.share(layer)) for layer in record.layers}
 
@@ -139,27 +139,27 @@ def test_two_models_and_an_unrecorded_run():
 
 
 def test_error_in_one_thread_does_not_affect_others():
-    made, run, options = encoder()
+    result, run, options = encoder()
     before = patched()
 
     def fails():
         for _ in range(5):
-            with pytest.raises(RuntimeError), eq.watch(made, **options):
-                made(torch.zeros(3, 5, 7))
+            with pytest.raises(RuntimeError), eq.watch(result, **options):
+                result(torch.zeros(3, 5, 7))
 
     def works():
         for _ in range(5):
-            with eq.watch(made, **options) as record:
+            with eq.watch(result, **options) as record:
                 run()
         return record.share("layers.1.self_attn")
 
-    found = run_threads(fails, works, works)
-    assert torch.equal(found[1], found[2])
+    actual = run_threads(fails, works, works)
+    assert torch.equal(actual[1], actual[2])
     assert patched() == before
 
 
 def test_text_streamer_in_a_thread():
-    made, _, _ = vision_language()
+    model, _, _ = vision_language()
     transformers = pytest.importorskip("transformers")
     _, inputs = pytest.importorskip("small_vlms").family("llava")
     options = {**{key: value[:1] for key, value in inputs.items()}, "max_new_tokens": 4, "do_sample": False}
@@ -168,11 +168,11 @@ def test_text_streamer_in_a_thread():
         def decode(self, tokens, **kwargs):
             return " ".join(map(str, tokens))
 
-    with eq.watch(made, queries="last", tokens=True) as alone:
-        written = made.generate(**options)[0, 13:].tolist()
+    with eq.watch(model, queries="last", tokens=True) as alone:
+        written = model.generate(**options)[0, 13:].tolist()
     streamer = transformers.TextIteratorStreamer(Numbers(), skip_prompt=True, timeout=60)
-    with eq.watch(made, queries="last", tokens=True) as record:
-        thread = threading.Thread(target=made.generate, kwargs={**options, "streamer": streamer})
+    with eq.watch(model, queries="last", tokens=True) as record:
+        thread = threading.Thread(target=model.generate, kwargs={**options, "streamer": streamer})
         thread.start()
         words = "".join(streamer).split()
     thread.join()
@@ -182,18 +182,18 @@ def test_text_streamer_in_a_thread():
 
 
 def test_earlier_threads_are_not_recorded():
-    made, run, options = encoder()
+    result, run, options = encoder()
     with ThreadPoolExecutor(1) as pool:
         pool.submit(int).result()
         message = "none, because the model ran in another thread, 'ThreadPool.*start that thread in the block"
-        with pytest.warns(UserWarning, match=message), eq.watch(made, **options) as record:
+        with pytest.warns(UserWarning, match=message), eq.watch(result, **options) as record:
             pool.submit(run).result()
         with pytest.raises(ConfigError, match=message):
             record.table()
 
 
 def test_concurrent_threads_in_one_context():
-    made, _, options = encoder()
+    result, _, options = encoder()
     inside, go = threading.Event(), threading.Event()
 
     class Waits(nn.Module):
@@ -202,21 +202,21 @@ def test_concurrent_threads_in_one_context():
             go.wait()
             return tokens
 
-    whole = nn.Sequential(Waits(), made)
+    full = nn.Sequential(Waits(), result)
     tokens = torch.randn(3, 5, 6)
 
     def both_at_once():
-        with eq.watch(whole, **options):
-            thread = threading.Thread(target=whole, args=(tokens,))
+        with eq.watch(full, **options):
+            thread = threading.Thread(target=full, args=(tokens,))
             thread.start()
             inside.wait()
-            made(tokens)
+            result(tokens)
             go.set()
             thread.join()
 
     def longer_than_the_block():
-        with eq.watch(whole, **options):
-            threads.append(threading.Thread(target=whole, args=(tokens,)))
+        with eq.watch(full, **options):
+            threads.append(threading.Thread(target=full, args=(tokens,)))
             threads[0].start()
             inside.wait()
 
@@ -230,9 +230,9 @@ def test_concurrent_threads_in_one_context():
         longer_than_the_block()
     go.set()
     threads[0].join()
-    with eq.watch(whole, **options) as record:
+    with eq.watch(full, **options) as record:
         for _ in range(2):
-            thread = threading.Thread(target=whole, args=(tokens,))
+            thread = threading.Thread(target=full, args=(tokens,))
             thread.start()
             thread.join()
     assert len(record.share("1.layers.0.self_attn")) == 6

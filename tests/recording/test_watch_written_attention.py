@@ -133,21 +133,21 @@ def record_layer(attend, layers=None):
     model = nn.Sequential(Layer(F.scaled_dot_product_attention), Layer(attend))
     with (
         torch.no_grad(),
-        warnings.catch_warnings(record=True) as told,
+        warnings.catch_warnings(record=True) as messages,
         eq.watch(model, modality=LABELS, names=("a", "b"), layers=layers) as record,
     ):
         warnings.simplefilter("always")
         model(TOKENS)
-    return record, [str(warning.message) for warning in told if "watch:" in str(warning.message)]
+    return record, [str(warning.message) for warning in messages if "watch:" in str(warning.message)]
 
 
 @pytest.mark.parametrize("attend", WRITTEN)
 def test_written_attention_is_missing(attend):
-    record, told = record_layer(attend)
+    record, messages = record_layer(attend)
     assert record.layers == ["0"]
     assert list(record.missing) == ["1"]
     assert record.missing["1"].startswith("it multiplies queries with keys and the result with values")
-    assert told == [f"watch: '1' is not in the table: {record.missing['1']}."]
+    assert messages == [f"watch: '1' is not in the table: {record.missing['1']}."]
     assert record_layer(attend, layers=["0*"])[0].missing == {}
 
 
@@ -156,16 +156,16 @@ def test_written_attention_is_missing(attend):
     (kernel, "_scaled_dot_product_flash_attention_for_cpu"), (flex_attention, "flex_attention"),
 ])  # fmt: skip
 def test_kernels_that_cannot_be_intercepted_are_missing(attend, name):
-    record, told = record_layer(attend)
+    record, messages = record_layer(attend)
     assert record.layers == ["0"]
     assert record.missing == {"1": f"its function '{name}' cannot be intercepted"}
-    assert len(told) == 1
+    assert len(messages) == 1
 
 
 @pytest.mark.parametrize("attend", [rotated, gated, cosine, torch.ops.aten.scaled_dot_product_attention])
 def test_recorded_attention_is_not_missing(attend):
-    record, told = record_layer(attend)
-    assert (record.layers, record.missing, told) == (["0", "1"], {}, [])
+    record, messages = record_layer(attend)
+    assert (record.layers, record.missing, messages) == (["0", "1"], {}, [])
 
 
 class MixedAttention(nn.Module):

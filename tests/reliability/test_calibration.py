@@ -28,20 +28,20 @@ def random_records(*, slope=3.0, at=0.5, size=4000, temperature=1.0, seed=0):
     logits = 2 * torch.randn(size, CLASSES, generator=random, dtype=torch.float64)
     right = logits.softmax(dim=1).multinomial(1, generator=random)[:, 0]
     target = torch.where(usable, right, torch.randint(CLASSES, (size,), generator=random))
-    found = CalibrationRecords(random)
+    result = CalibrationRecords(random)
     present = torch.ones(size, 1, dtype=torch.bool)
     for part in torch.arange(size).split(size // 3):
-        found.add(distance[part][:, None, None], temperature * logits[part][:, None], target[part], present[part])
-    return found
+        result.add(distance[part][:, None, None], temperature * logits[part][:, None], target[part], present[part])
+    return result
 
 
 def test_constants_are_recovered(monkeypatch):
     # The mixture of a single modality does not depend on its reliability.
     monkeypatch.setattr(calibration, "OWN_WEIGHT", 1e4)
-    found = fit_calibration(random_records(temperature=1.5), usable_subsets(1), "classification")
-    slope = float(found.log_slope[0].exp())
+    result = fit_calibration(random_records(temperature=1.5), usable_subsets(1), "classification")
+    slope = float(result.log_slope[0].exp())
     # rho = 1 / 2 at this distance.
-    middle = float(found.center[0, 0] + found.intercept[0] / slope)
+    middle = float(result.center[0, 0] + result.intercept[0] / slope)
     assert slope == pytest.approx(3.0, rel=0.3)
     assert middle == pytest.approx(0.5, abs=0.2)
 
@@ -57,10 +57,10 @@ def pair(*, size=3000, contradict, seed=0):
     third = 6.0 * torch.nn.functional.one_hot(target, CLASSES).double()[:, None]
     # Subsets of two modalities: both, the first, the second. Both together predict another class.
     both = 6.0 * torch.nn.functional.one_hot((target + 2) % CLASSES, CLASSES).double()[:, None]
-    found = CalibrationRecords(random)
+    result = CalibrationRecords(random)
     logits = torch.cat([both if contradict else third, single], dim=1)
-    found.add(torch.zeros(size, 2, 1, dtype=torch.float64), logits, target, torch.ones(size, 2, dtype=torch.bool))
-    return found
+    result.add(torch.zeros(size, 2, 1, dtype=torch.float64), logits, target, torch.ones(size, 2, dtype=torch.bool))
+    return result
 
 
 def test_agreement_has_weight_where_contradicting_modalities_should_not_be_fused():
@@ -117,19 +117,19 @@ def test_reliability_decreases_with_the_evidence_against_it():
 
 
 def test_non_finite_samples_are_excluded():
-    found = CalibrationRecords(torch.Generator())
+    result = CalibrationRecords(torch.Generator())
     logits = torch.zeros(4, 3, 3)
     logits[1, 0, 0] = torch.nan
     evidence = torch.zeros(4, 2, 1)
     evidence[:, 0, 0] = torch.tensor([1.0, 2.0, torch.inf, 4.0])
     present = torch.tensor([[True, True], [True, True], [True, True], [False, False]])
-    found.add(evidence, logits, torch.arange(4), present)
-    values, _, target, left = found.joined()
+    result.add(evidence, logits, torch.arange(4), present)
+    values, _, target, left = result.joined()
     assert values[0, 0].tolist() == [1.0]
     # The second modality of the third sample is used, the first is not.
     assert target.tolist() == [0, 2]
     assert left.tolist() == [[True, True], [False, True]]
-    assert found.count() == [1, 2]
+    assert result.count() == [1, 2]
 
 
 @pytest.mark.parametrize(("alpha", "size"), [(0.1, 49), (0.02, 99)])

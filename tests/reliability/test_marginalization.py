@@ -64,13 +64,13 @@ def test_weights_against_enumeration(count):
     assert torch.allclose(weights.sum(dim=1), torch.ones(len(rho), dtype=torch.float64), **EXACT)
     for sample in range(len(rho)):
         expected = enumerated_mixture(rho[sample].tolist(), present[sample].tolist(), listed_subsets(count))
-        found = {}
+        result = {}
         for subset, weight in zip(subsets, weights[sample].tolist(), strict=True):
             left = frozenset((subset & present[sample]).nonzero()[:, 0].tolist())
             if weight:
-                assert left not in found, "equal subsets count once"
-                found[left] = weight
-        assert found == pytest.approx({s: w for s, w in expected.items() if w}, abs=EXACT["atol"])
+                assert left not in result, "equal subsets count once"
+                result[left] = weight
+        assert result == pytest.approx({s: w for s, w in expected.items() if w}, abs=EXACT["atol"])
 
 
 @pytest.mark.parametrize("count", [2, 3, 5])
@@ -89,9 +89,9 @@ def test_mixtures_against_enumeration(count, task):
         else:
             parts = logits[sample]
         expected = sum(w * p for w, p in zip(weights[sample].exp(), parts, strict=True))
-        found = mixed[sample]
-        found = {"classification": found.exp(), "multilabel": found.sigmoid(), "regression": found}[task]
-        assert torch.allclose(found, expected, **EXACT)
+        result = mixed[sample]
+        result = {"classification": result.exp(), "multilabel": result.sigmoid(), "regression": result}[task]
+        assert torch.allclose(result, expected, **EXACT)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5])

@@ -22,13 +22,13 @@ FORMS = ("marginal", "conformal")
 
 
 def random_data(names=PAIR, *, size=40, seed=0, dtype=torch.float64, task="classification", parts=2):
-    made = [batch(names, size=size, seed=seed + part, dtype=dtype) for part in range(parts)]
-    for part in made:
+    result = [batch(names, size=size, seed=seed + part, dtype=dtype) for part in range(parts)]
+    for part in result:
         if task == "multilabel":
             part["target"] = torch.stack([part["target"] > 0, part["target"] > 1, part["target"] < 1], dim=1)
         elif task == "regression":
             part["target"] = 3 + part[names[0]].mean(dim=(1, 2)).to(dtype)[:, None].expand(-1, OUTPUTS)
-    return made
+    return result
 
 
 def trained_model(names=PAIR, *, fusion=None, unimodal="probe", task="classification", dtype=torch.float64, seed=0):
@@ -92,11 +92,11 @@ def test_reliability_of_1_equals_the_model(distance, form):
     net = joint_model().eval()
     reliable = fit_reliability(net, distance=distance, form=form)
     inputs = batch(size=11, seed=9)
-    plain, found = net(inputs), reliable(inputs, rho=1)
-    assert torch.equal(found.logits, plain.logits)
-    assert torch.equal(found.features, plain.features)
-    assert torch.equal(found.share, plain.share)
-    assert all(bool((part == 1).all()) for part in found.reliability.values())
+    plain, result = net(inputs), reliable(inputs, rho=1)
+    assert torch.equal(result.logits, plain.logits)
+    assert torch.equal(result.features, plain.features)
+    assert torch.equal(result.share, plain.share)
+    assert all(bool((part == 1).all()) for part in result.reliability.values())
     # Given for each modality, the temperature is applied as well.
     tempered = reliable(inputs, rho=dict.fromkeys(PAIR, 1.0))
     assert torch.equal(tempered.logits, (plain.logits / reliable.temperature).log_softmax(dim=1))
@@ -127,11 +127,11 @@ def test_missing_modalities_are_masked(distance, form, unimodal):
     has = torch.tensor([True, False, True, False, True, False])
     masked = reliable({**inputs, "mask": {"image": has}})
     absent = reliable({**inputs, "image": None})
-    whole = reliable(inputs)
+    full = reliable(inputs)
     assert masked.reliability["image"][~has].tolist() == [0.0] * 3
     assert absent.reliability["image"].tolist() == [0.0] * 6
     assert torch.allclose(masked.logits[~has], absent.logits[~has], **EXACT)
-    assert torch.allclose(masked.logits[has], whole.logits[has], **EXACT)
+    assert torch.allclose(masked.logits[has], full.logits[has], **EXACT)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -140,8 +140,8 @@ def test_reliability_of_0_equals_a_missing_modality(form):
     inputs = batch(size=6, seed=9)
     given = {"image": 0.0}
     expected = reliable({**inputs, "image": None}, rho={"audio": 1.0}).logits
-    found = reliable(inputs, rho={"audio": 1.0, **given}).logits
-    assert torch.allclose(found, expected, **EXACT)
+    result = reliable(inputs, rho={"audio": 1.0, **given}).logits
+    assert torch.allclose(result, expected, **EXACT)
 
 
 @torch.no_grad()
@@ -271,8 +271,8 @@ def test_fit_does_not_change_the_model_or_the_global_state():
 
 def test_iterators_are_consumed_once():
     expected = fit_reliability(trained_model())
-    found = eq.Reliability.fit(trained_model(), iter(random_data()), iter(random_data(seed=50)))
-    assert torch.equal(found.intercept, expected.intercept)
+    result = eq.Reliability.fit(trained_model(), iter(random_data()), iter(random_data(seed=50)))
+    assert torch.equal(result.intercept, expected.intercept)
 
 
 @pytest.mark.parametrize("distance", DISTANCES)
@@ -280,7 +280,7 @@ def test_iterators_are_consumed_once():
 def test_nan_inputs_count_as_missing(distance, form):
     reliable = fit_reliability(trained_model(), distance=distance, form=form)
     inputs = batch(size=6, seed=9)
-    whole = reliable(inputs)
+    full = reliable(inputs)
     for value in (math.nan, math.inf):
         bad = {**inputs, "image": inputs["image"].clone()}
         bad["image"][2, 0, 0] = value
@@ -288,7 +288,7 @@ def test_nan_inputs_count_as_missing(distance, form):
         assert bool(output.logits.isfinite().all())
         assert output.reliability["image"][2] == 0
         rest = [0, 1, 3, 4, 5]
-        assert torch.allclose(output.logits[rest], whole.logits[rest], **EXACT)
+        assert torch.allclose(output.logits[rest], full.logits[rest], **EXACT)
         missing = reliable({**inputs, "image": None}).logits
         assert torch.allclose(output.logits[2], missing[2], **EXACT)
         bad["audio"] = torch.full_like(inputs["audio"], value)
@@ -432,10 +432,10 @@ def test_errors():
 def test_wrapper_can_be_diagnosed():
     reliable = fit_reliability(trained_model(fusion=eq.fusion.JointAttention(12, heads=2)))
     loader = random_data(seed=9)
-    found = eq.diagnose(reliable, loader)
-    assert found.names == PAIR
+    result = eq.diagnose(reliable, loader)
+    assert result.names == PAIR
     for metric in ("accuracy", "accuracy_noise/audio", "accuracy_mask/image", "noise_attention_r", "shapley/audio"):
-        assert metric in found.metrics, (metric, found.skipped)
+        assert metric in result.metrics, (metric, result.skipped)
     masked = eq.diagnostics.mask_modality(reliable, loader)
     expected = [reliable({**part, "image": None}).logits for part in loader]
     assert torch.allclose(masked.logits["image"].double(), torch.cat(expected), **TOL[torch.float32])

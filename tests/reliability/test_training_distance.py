@@ -12,10 +12,10 @@ from helpers.tolerance import TOL
 
 
 def collect_features(rows, *, seed=0, parts=3):
-    found = TrainingFeatures(torch.Generator().manual_seed(seed))
+    result = TrainingFeatures(torch.Generator().manual_seed(seed))
     for part in rows.chunk(parts):
-        found.add(part)
-    return found
+        result.add(part)
+    return result
 
 
 def fit_distances(rows, *, covariance=False):
@@ -32,15 +32,15 @@ def test_nearest_neighbors_against_a_loop():
     expected = []
     for one in (new - rows.mean(dim=0)) / rows.std(dim=0, correction=0):
         expected.append(sum(sorted(float((one - other).norm()) for other in z)[:5]) / 5)
-    found = fit_distances(rows)(new)
-    assert torch.allclose(found.exp(), torch.tensor(expected, dtype=torch.float64), **TOL[torch.float64])
+    result = fit_distances(rows)(new)
+    assert torch.allclose(result.exp(), torch.tensor(expected, dtype=torch.float64), **TOL[torch.float64])
 
 
 def test_block_size_does_not_change_the_result(monkeypatch):
     rows, new = torch.randn(97, 11), torch.randn(13, 11)
-    whole = fit_distances(rows)(new)
+    full = fit_distances(rows)(new)
     monkeypatch.setattr(training_distance, "BLOCK", 7)
-    assert torch.allclose(fit_distances(rows)(new), whole, **TOL[torch.float32])
+    assert torch.allclose(fit_distances(rows)(new), full, **TOL[torch.float32])
 
 
 def test_mahalanobis_distance_uses_the_shrunk_covariance():
@@ -70,8 +70,8 @@ def test_non_finite_features_have_infinite_distance():
     rows[3, 1] = torch.nan
     distance = fit_distances(rows)
     assert len(distance.references) == 19
-    found = distance(torch.tensor([[torch.nan, 0, 0], [0.0, 0, 0], [0, torch.inf, 0]]))
-    assert found.isinf().tolist() == [True, False, True]
+    result = distance(torch.tensor([[torch.nan, 0, 0], [0.0, 0, 0], [0, torch.inf, 0]]))
+    assert result.isinf().tolist() == [True, False, True]
 
 
 def test_constant_features_and_training_samples_have_finite_distances():
@@ -90,23 +90,23 @@ def test_token_features_are_mean_and_deviation_over_valid_tokens():
     values = torch.randn(3, 5, 2, dtype=torch.float64)
     mask = torch.tensor([[True] * 5, [True, True, False, False, False], [False] * 5])
     values[~mask] = torch.nan
-    found = token_features(eq.Tokens(values, mask=mask))
+    result = token_features(eq.Tokens(values, mask=mask))
     for sample, count in ((0, 5), (1, 2)):
         part = values[sample, :count]
         expected = torch.cat([part.mean(dim=0), part.std(dim=0, correction=0)])
-        assert torch.allclose(found[sample], expected, **TOL[torch.float64])
-    assert found[2].tolist() == [0] * 4
+        assert torch.allclose(result[sample], expected, **TOL[torch.float64])
+    assert result[2].tolist() == [0] * 4
 
 
 @pytest.mark.parametrize("shape", [(4, 6), (4, 6, 3), (4, 2, 5, 6), (4, 2, 3, 5, 6)])
 def test_input_features_are_finite_and_ignore_masked_samples(shape):
     values = torch.randn(shape)
     mask = torch.tensor([True, True, False, True])
-    found = input_features(values, mask, "test")
+    result = input_features(values, mask, "test")
     values[2] = torch.nan
-    assert torch.equal(input_features(values, mask, "test"), found)
-    assert bool(found.isfinite().all())
-    assert found.shape[0] == 4
+    assert torch.equal(input_features(values, mask, "test"), result)
+    assert bool(result.isfinite().all())
+    assert result.shape[0] == 4
 
 
 def test_input_features_of_padded_sequences_ids_and_mappings():
@@ -115,11 +115,11 @@ def test_input_features_of_padded_sequences_ids_and_mappings():
     padded = torch.where(mask[..., None], values, torch.nan)
     assert torch.allclose(input_features(padded, mask, "test"), input_features(values[:, :3], None, "test"))
     ids = torch.tensor([[3, 3, 40, 0]])
-    found = input_features(ids, None, "test")[0]
-    assert float(found[0]) == pytest.approx(torch.log(torch.tensor(4.0)).item())
-    assert found[1 + 3] == pytest.approx(2 / 3)
-    assert found[1 + 8] == pytest.approx(1 / 3)
+    result = input_features(ids, None, "test")[0]
+    assert float(result[0]) == pytest.approx(torch.log(torch.tensor(4.0)).item())
+    assert result[1 + 3] == pytest.approx(2 / 3)
+    assert result[1 + 8] == pytest.approx(1 / 3)
     both = input_features({"pixels": values, "ids": ids}, None, "test")
-    assert torch.equal(both, torch.cat([input_features(values, None, "test"), found[None]], dim=1))
+    assert torch.equal(both, torch.cat([input_features(values, None, "test"), result[None]], dim=1))
     with pytest.raises(ShapeError, match=r"a tensor \(batch, ...\) for distance='input', got str"):
         input_features("text", None, "test")

@@ -54,8 +54,8 @@ def test_figures_are_labeled_scalable_themed_and_deterministic(view, name):
 
 
 def test_figure_ids_are_distinct(view):
-    found = [set(re.findall(r'\bid="([^"]+)"', draw(view))) for draw in DRAWN.values()]
-    assert sum(map(len, found)) == len(set().union(*found))
+    result = [set(re.findall(r'\bid="([^"]+)"', draw(view))) for draw in DRAWN.values()]
+    assert sum(map(len, result)) == len(set().union(*result))
     for draw in DRAWN.values():
         svg = draw(view)
         assert set(re.findall(r'(?:url\(|href=")#([^")]+)', svg)) <= set(re.findall(r'\bid="([^"]+)"', svg))

@@ -88,17 +88,17 @@ def test_verdict_is_first_and_links_are_valid(deep_diagnosis):
 
 
 def test_identifiers_are_unique(deep_diagnosis, static_diagnosis, three_modality_diagnosis):
-    found = re.findall(
+    result = re.findall(
         r'\bid="([^"]+)"', page(deep_diagnosis, static_diagnosis, three_modality_diagnosis, deep_diagnosis)
     )
-    assert len(found) == len(set(found))
+    assert len(result) == len(set(result))
 
 
 def test_table_values_match_the_diagnosis(deep_diagnosis, static_diagnosis):
     text = page(deep_diagnosis, static_diagnosis)
     for metric in ("accuracy", "accuracy_mask/audio", "accuracy_noise/image"):
         cells = [
-            f"{100 * found.metrics[metric]:.1f}\N{NO-BREAK SPACE}±" for found in (deep_diagnosis, static_diagnosis)
+            f"{100 * result.metrics[metric]:.1f}\N{NO-BREAK SPACE}±" for result in (deep_diagnosis, static_diagnosis)
         ]
         row = re.search(rf'<th scope="row">{re.escape(label(metric))}</th>(.*?)</tr>', text).group(1)
         assert all(cell in row for cell in cells)
@@ -116,9 +116,9 @@ def test_only_significant_differences_are_bold():
 
 
 def test_skipped_tests_have_a_reason(static_diagnosis, unimodal_diagnosis, deep_diagnosis):
-    for found in (static_diagnosis, unimodal_diagnosis):
-        text = page(found)
-        for test, reason in found.skipped.items():
+    for result in (static_diagnosis, unimodal_diagnosis):
+        text = page(result)
+        for test, reason in result.skipped.items():
             assert f"<dt>{test}</dt>" in text
             assert reason[:40] in text
             assert f'id="test-{test}"' not in text
@@ -136,8 +136,8 @@ def test_embedded_data_round_trip(deep_diagnosis, three_modality_diagnosis):
 def test_user_names_are_escaped(evil):
     names = ("audio", evil)
     encoders = {"audio": torch.nn.Linear(3, DIM), "image": torch.nn.Linear(5, DIM)}
-    found = diagnose(eq.FusionModel(encoders, eq.fusion.Concat(DIM), OUTPUTS), random_batches(), name=evil)
-    content = json.loads(json.dumps(found.to_dict()).replace('"image"', json.dumps(names[1])))
+    result = diagnose(eq.FusionModel(encoders, eq.fusion.Concat(DIM), OUTPUTS), random_batches(), name=evil)
+    content = json.loads(json.dumps(result.to_dict()).replace('"image"', json.dumps(names[1])))
     content["skipped"] = {"noise": evil}
     content["protocol"] = {evil: evil, "data": evil}
     text = diagnosis_page([content])
@@ -226,10 +226,10 @@ def test_text_contrast_in_both_color_schemes(opened_page, deep_diagnosis, static
     light.click("#theme")
     measured["switched"] = light.evaluate(read)
     assert light.get_attribute("#theme", "aria-pressed") == "true"
-    for name, found in measured.items():
-        assert min(found["counted"]) > 50
-        assert found["texts"] >= 4.5, name
-        assert found["labels"] >= 4.5, name
+    for name, result in measured.items():
+        assert min(result["counted"]) > 50
+        assert result["texts"] >= 4.5, name
+        assert result["labels"] >= 4.5, name
     assert measured["dark"] == measured["switched"]
 
 
@@ -238,9 +238,11 @@ def test_verdict_links_to_its_test(opened_page, deep_diagnosis):
     view = opened_page(deep_diagnosis)
     for link in view.locator(".verdict a").all():
         link.click()
-        wanted = link.get_attribute("href")
-        assert view.evaluate("location.hash") == wanted
-        view.wait_for_function("h => Math.abs(document.querySelector(h).getBoundingClientRect().top) < 700", arg=wanted)
+        expected = link.get_attribute("href")
+        assert view.evaluate("location.hash") == expected
+        view.wait_for_function(
+            "h => Math.abs(document.querySelector(h).getBoundingClientRect().top) < 700", arg=expected
+        )
 
 
 @pytest.mark.browser
@@ -268,7 +270,7 @@ def test_layers_and_heads_can_be_explored_with_the_keyboard(opened_page, deep_di
     view, layers = opened_page(deep_diagnosis), deep_diagnosis.details["attention"]["layers"]
     assert view.locator("#layer-said").inner_text() == "1 of 3"
     heads = layers[0]["share"]
-    mean = [sum(head[place] for head in heads) / len(heads) for place in range(2)]
+    mean = [sum(head[index] for head in heads) / len(heads) for index in range(2)]
     assert explorer(view)["all queries"] == percent([*mean, 1 - sum(mean)])
     view.focus("#pick-layer")
     view.keyboard.press("ArrowRight")
@@ -277,10 +279,10 @@ def test_layers_and_heads_can_be_explored_with_the_keyboard(opened_page, deep_di
     assert view.locator("#layer-said").inner_text() == "2 of 3"
     assert view.locator("#head-said").inner_text() == "2 of 2"
     assert view.get_attribute("#pick-head", "aria-valuetext") == "2 of 2"
-    found = explorer(view)
-    assert found["all queries"][:2] == percent(layers[1]["share"][1])
-    for place, name in enumerate(("audio", "image")):
-        assert found[name][:2] == percent(layers[1]["by_query"][1][place])
+    result = explorer(view)
+    assert result["all queries"][:2] == percent(layers[1]["share"][1])
+    for index, name in enumerate(("audio", "image")):
+        assert result[name][:2] == percent(layers[1]["by_query"][1][index])
     view.focus("#pick-layer")
     view.keyboard.press("End")
     # A class token alone reads in the last layer.

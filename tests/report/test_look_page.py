@@ -65,7 +65,7 @@ def test_sentence_contains_the_inspection_values(inspection, content):
 
 
 @pytest.mark.parametrize(
-    ("effects", "said"),
+    ("effects", "message"),
     [
         ([{"change": "blank image", "log_likelihood": -2.0, "difference": -0.5}], "With a blank image, the"),
         ([{"change": "image hidden", "log_likelihood": -2.0, "difference": 0.001}], "the likelihood of the answer does not change"),
@@ -74,9 +74,9 @@ def test_sentence_contains_the_inspection_values(inspection, content):
         ([], "tokens)."),
     ],
 )  # fmt: skip
-def test_sentence_reports_the_answer_effects(content, effects, said):
+def test_sentence_reports_the_answer_effects(content, effects, message):
     changed = content | {"effects": effects}
-    assert verdict(MeanShares(changed))[0].endswith(said) or said in verdict(MeanShares(changed))[0]
+    assert verdict(MeanShares(changed))[0].endswith(message) or message in verdict(MeanShares(changed))[0]
     assert look_page(changed).rstrip().endswith("</html>")
 
 
@@ -153,15 +153,15 @@ def test_layer_head_and_token_selection_update_the_map(opened_page, inspection, 
     view.get_by_role("button", name="cat", exact=True).first.click()
     fourth = pixels(view)
     assert len({first, second, third, fourth}) == 4
-    place = next(n for n, reader in enumerate(inspection.maps.readers) if reader.text == "cat")
-    row = inspection.maps.by_head[place, 2, 1].float().numpy()
+    index = next(n for n, reader in enumerate(inspection.maps.readers) if reader.text == "cat")
+    row = inspection.maps.by_head[index, 2, 1].float().numpy()
     image = [n for n, token in enumerate(inspection.tokens) if token.modality == "image"]
     part, best = float(row[image].sum()), int(np.argmax(row[image]))
-    said = displayed_value(view)
-    assert "Attention of “cat” in layer 2, head 1:" in said
-    assert f"{shown(part)} to the 9 tokens of image" in said
-    assert f"in row {best // 3 + 1} of 3, column {best % 3 + 1} of 3: {shown(row[image][best])}." in said
-    assert view.locator("#map").get_attribute("aria-label").replace("\u00a0", " ").endswith(said.partition(". ")[2])
+    message = displayed_value(view)
+    assert "Attention of “cat” in layer 2, head 1:" in message
+    assert f"{shown(part)} to the 9 tokens of image" in message
+    assert f"in row {best // 3 + 1} of 3, column {best % 3 + 1} of 3: {shown(row[image][best])}." in message
+    assert view.locator("#map").get_attribute("aria-label").replace("\u00a0", " ").endswith(message.partition(". ")[2])
 
 
 def shown(value):
@@ -258,10 +258,10 @@ def test_text_contrast_in_both_color_schemes(opened_page, content):
     light.click("#theme")
     measured["switched"] = light.evaluate(CONTRAST)
     assert light.get_attribute("#theme", "aria-pressed") == "true"
-    for name, found in measured.items():
-        assert min(found["counted"]) > 50
-        assert found["texts"] >= 4.5, name
-        assert found["labels"] >= 4.5, name
+    for name, result in measured.items():
+        assert min(result["counted"]) > 50
+        assert result["texts"] >= 4.5, name
+        assert result["labels"] >= 4.5, name
     assert measured["dark"] == measured["switched"]
 
 

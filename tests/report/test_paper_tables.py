@@ -41,14 +41,14 @@ def cells(script):
 @pytest.fixture(scope="module")
 def finished_runs(tmp_path_factory):
     """A comparison on digits and one without three of them, of models that have hardly learned anything."""
-    whole, part = tmp_path_factory.mktemp("whole"), tmp_path_factory.mktemp("part")
-    made = recipe(epochs=2)
+    full, part = tmp_path_factory.mktemp("whole"), tmp_path_factory.mktemp("part")
+    config = recipe(epochs=2)
     for method, seed in RUNS:
-        job = RunSpec(made, method, seed)
-        execute_run(job, job.folder(whole), trainer_options=SHORT)
-    job = RunSpec(replace(made, data={"name": "digits", "held_out": HELD}), "joint", 0)
+        job = RunSpec(config, method, seed)
+        execute_run(job, job.folder(full), trainer_options=SHORT)
+    job = RunSpec(replace(config, data={"name": "digits", "held_out": HELD}), "joint", 0)
     execute_run(job, job.folder(part), trainer_options=SHORT)
-    return whole, part
+    return full, part
 
 
 def stored(folder, method, seed=0):
@@ -60,9 +60,9 @@ def table(script, number):
 
 
 def test_noise_settings_match_the_runs(script, finished_runs):
-    found = script.measure(table(script, "2"), finished_runs[0], "all", None)
-    assert {method: sorted(own["r"]) for method, own in found.items()} == {"joint": [0, 1], "joint+rollingq": [0]}
-    for method, own in found.items():
+    result = script.measure(table(script, "2"), finished_runs[0], "all", None)
+    assert {method: sorted(own["r"]) for method, own in result.items()} == {"joint": [0, 1], "joint+rollingq": [0]}
+    for method, own in result.items():
         for seed, r in own["r"].items():
             assert r == pytest.approx(stored(finished_runs[0], method, seed)["noise_attention_r"], rel=CLOSE["rtol"])
             t = r * math.sqrt((2 * 497 - 2) / (1 - r * r))
@@ -71,33 +71,33 @@ def test_noise_settings_match_the_runs(script, finished_runs):
 
 
 def test_levels_start_at_clean_accuracy(script, finished_runs):
-    found = script.measure(table(script, "3"), finished_runs[0], "all", 1)["joint"]
-    assert list(found) == ["0.00", "0.25", "0.50", "0.75", "1.00"]
-    assert found["0.00"] == {0: pytest.approx(stored(finished_runs[0], "joint")["accuracy"])}
+    result = script.measure(table(script, "3"), finished_runs[0], "all", 1)["joint"]
+    assert list(result) == ["0.00", "0.25", "0.50", "0.75", "1.00"]
+    assert result["0.00"] == {0: pytest.approx(stored(finished_runs[0], "joint")["accuracy"])}
     source = data.load_dataset("digits")
     served = data.loader(source, "test", 256, seed=0, train=False)
     std = source.noise["audio"][1]
     curve = corruption_curve(eq.load(finished_runs[0] / "runs/all/joint/seed0"), served, modality="audio", std=std)
-    assert [own[0] for own in found.values()] == list(curve.accuracy)
+    assert [own[0] for own in result.values()] == list(curve.accuracy)
 
 
 def test_masking_names_the_remaining_modality(script, finished_runs):
-    found = script.measure(table(script, "8"), finished_runs[0], "all", None)
+    result = script.measure(table(script, "8"), finished_runs[0], "all", None)
     source, model = data.load_dataset("digits"), eq.load(finished_runs[0] / "runs/all/joint/seed1")
     batch = source.batch("test", torch.arange(497), seed=0, epoch=0, train=False)
     for kept in (["audio", "image"], ["audio"], ["image"]):
         with torch.no_grad():
             answer = model({name: batch[name] if name in kept else None for name in source.names}).logits.argmax(dim=1)
         name = "full" if len(kept) == 2 else kept[0]
-        assert found["joint"][name][1] == pytest.approx(float((answer == batch["target"]).float().mean()))
-    assert found["audio"]["accuracy"] == {0: stored(finished_runs[0], "audio")["accuracy"]}
-    assert "image" not in found
+        assert result["joint"][name][1] == pytest.approx(float((answer == batch["target"]).float().mean()))
+    assert result["audio"]["accuracy"] == {0: stored(finished_runs[0], "audio")["accuracy"]}
+    assert "image" not in result
 
 
 def test_quag_uses_two_layers(script, finished_runs):
-    found = script.measure(table(script, "9"), finished_runs[0], "all", None)
-    assert set(found) == {"deep", "deep+progressive"}
-    for method, own in found.items():
+    result = script.measure(table(script, "9"), finished_runs[0], "all", None)
+    assert set(result) == {"deep", "deep+progressive"}
+    for method, own in result.items():
         served = data.loader(data.load_dataset("digits"), "test", 256, seed=0, train=False)
         direct = quag(eq.load(finished_runs[0] / f"runs/all/{method}/seed0"), served)
         assert own["origin"][0] == direct.origin == pytest.approx(stored(finished_runs[0], method)["accuracy"])
@@ -115,8 +115,8 @@ def gen(logits):
 
 
 def test_unknown_classes_are_the_held_out_classes(script, finished_runs):
-    found = script.measure(table(script, "10"), finished_runs[1], "all", None)["joint"]
-    assert found["accuracy"][0] == pytest.approx(stored(finished_runs[1], "joint")["accuracy"])
+    result = script.measure(table(script, "10"), finished_runs[1], "all", None)["joint"]
+    assert result["accuracy"][0] == pytest.approx(stored(finished_runs[1], "joint")["accuracy"])
     source, model = data.load_dataset("digits", held_out=HELD), eq.load(finished_runs[1] / "runs/all/joint/seed0")
     seen = {}
     for name, shown in (("known", source), *((kind, data.ood_split(source, kind)) for kind in ("near", "far"))):
@@ -126,18 +126,18 @@ def test_unknown_classes_are_the_held_out_classes(script, finished_runs):
     for kind, size in (("near", 137), ("far", 1000)):
         assert len(seen[kind]) == size
         near = {"abs": CLOSE["rtol"] * 100}
-        assert found[f"auroc/{kind}"][0] == pytest.approx(auroc(seen["known"], seen[kind]), **near)
-        assert found[f"fpr95/{kind}"][0] == pytest.approx(fpr95(seen["known"], seen[kind]), abs=2 / 360)
+        assert result[f"auroc/{kind}"][0] == pytest.approx(auroc(seen["known"], seen[kind]), **near)
+        assert result[f"fpr95/{kind}"][0] == pytest.approx(fpr95(seen["known"], seen[kind]), abs=2 / 360)
 
 
 def test_hand_computed_cells(script, cells):
-    made = replace(table(script, "3"), alone={"0.25": ("audio", 53.9)})
+    result = replace(table(script, "3"), alone={"0.25": ("audio", 53.9)})
     figures = {
         "joint": {"0.00": {0: 0.5, 1: 0.7, 2: 0.6}, "0.25": {0: 0.4, 1: 0.5, 2: 0.6}},
         "joint+rollingq": {"0.00": {1: 0.8, 2: 0.5}, "0.25": {2: 0.65}},
         "audio": {"accuracy": {0: 0.3, 1: 0.4}},
     }
-    head, clean, first, second, *_ = cells.rows(made, figures)
+    head, clean, first, second, *_ = cells.rows(result, figures)
     names = ["`joint`", "paper", "`joint+rollingq`", "paper", "difference", "paper", "`ensemble+corruption`"]
     assert head == ["", *names, "alone", "paper"]
     assert clean == [
@@ -159,8 +159,8 @@ def test_unscaled_and_nan_values(script, cells):
 
 
 def test_published_drops_and_differences(script, cells):
-    def column(number, place):
-        return [row[place] for row in cells.rows(table(script, number), {})[1:]]
+    def column(number, index):
+        return [row[index] for row in cells.rows(table(script, number), {})[1:]]
 
     assert column("3", 2) == ["67.0", "62.7 (−4.3)", "52.9 (−14.1)", "43.2 (−23.8)", "34.7 (−32.3)"]
     # It prints −1.9 for the first level, which its own figures contradict.

@@ -171,10 +171,10 @@ def test_text_contrast_in_both_color_schemes(opened_page, full_results):
     light.click("#theme")
     measured["switched"] = light.evaluate(CONTRAST)
     assert light.get_attribute("#theme", "aria-pressed") == "true"
-    for name, found in measured.items():
-        assert min(found["counted"]) > 50
-        assert found["texts"] >= 4.5, name
-        assert found["labels"] >= 4.5, name
+    for name, result in measured.items():
+        assert min(result["counted"]) > 50
+        assert result["texts"] >= 4.5, name
+        assert result["labels"] >= 4.5, name
     assert measured["light"]["paper"] > 0.9
     assert measured["dark"] == measured["switched"]
     assert measured["dark"]["paper"] < 0.02

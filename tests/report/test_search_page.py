@@ -77,8 +77,10 @@ def test_invalid_search_results_raise(content, tmp_path):
 
 
 def test_gallery_has_one_row_per_query():
-    found = [(f"a rather long name {n}", 0.5 - n, colored(40 * n, 200, 0), n != 1) for n in range(3)]
-    one, two = (contact_sheet([SheetRow("red heart", found), *more]) for more in ([], [SheetRow("$what$", found[:1])]))
+    result = [(f"a rather long name {n}", 0.5 - n, colored(40 * n, 200, 0), n != 1) for n in range(3)]
+    one, two = (
+        contact_sheet([SheetRow("red heart", result), *more]) for more in ([], [SheetRow("$what$", result[:1])])
+    )
     widths = [Image.open(io.BytesIO(png)).size for png in (one, two)]
     assert widths[0][0] == widths[1][0]
     assert abs(widths[1][1] - 2 * widths[0][1]) <= 1

@@ -97,9 +97,9 @@ def test_binary_outcomes_use_mcnemar(pairs):
 )
 def test_false_positive_rate(draw):
     luck = random.Random(3)
-    found = sum(bootstrap_p([draw(luck) for _ in range(15)]) < SURE for _ in range(200))
+    result = sum(bootstrap_p([draw(luck) for _ in range(15)]) < SURE for _ in range(200))
     # Binomial(200, 0.05) is 21 or more once in a thousand times.
-    assert found <= 20
+    assert result <= 20
 
 
 def test_many_samples_and_closed_forms():
@@ -162,57 +162,57 @@ LEVELS = st.fixed_dictionaries(
 @given(st.integers(2, 120), LEVELS, st.integers(0, 99))
 @settings(max_examples=12, deadline=None)
 def test_verdicts_follow_the_significance_tests(task, samples, levels, seed):
-    made, score = content(task, samples, levels, seed)
-    found = VerdictEvidence(made)
-    said = {verdict.key: verdict for verdict in verdicts(made)}
-    above = found.compare(score, f"{score}_constant")
+    result, score = content(task, samples, levels, seed)
+    actual = VerdictEvidence(result)
+    message = {verdict.key: verdict for verdict in verdicts(result)}
+    above = actual.compare(score, f"{score}_constant")
     assert above.paired
-    assert ("chance" in said) == (not (above.p < SURE and above.difference > 0))
-    for name in found.names:
+    assert ("chance" in message) == (not (above.p < SURE and above.difference > 0))
+    for name in actual.names:
         falls = [
             one.p < SURE and one.difference < 0
             for kind in ("mask", "noise")
-            if (one := found.compare(f"{score}_{kind}/{name}", score))
+            if (one := actual.compare(f"{score}_{kind}/{name}", score))
         ]
-        assert (said[f"use/{name}"].ok == "good") == (any(falls) and "chance" not in said)
-        assert (said[f"use/{name}"].claim == f"uses {name}") == (said[f"use/{name}"].ok == "good")
-        left = found.compare(f"{score}_noise/{name}", f"{score}_constant")
+        assert (message[f"use/{name}"].ok == "good") == (any(falls) and "chance" not in message)
+        assert (message[f"use/{name}"].claim == f"uses {name}") == (message[f"use/{name}"].ok == "good")
+        left = actual.compare(f"{score}_noise/{name}", f"{score}_constant")
         other = {"audio": "image", "image": "audio"}[name]
-        gap = found.compare(f"{score}_noise/{name}", f"{score}_alone/{other}")
-        verdict = said[f"robustness/{name}"]
+        gap = actual.compare(f"{score}_noise/{name}", f"{score}_alone/{other}")
+        verdict = message[f"robustness/{name}"]
         if verdict.ok == "good":
             assert left.p < SURE
             assert left.difference > 0
         if verdict.ok == "bad":
             assert gap.p < SURE
             assert gap.difference < 0
-    best = max(found.names, key=lambda name: made["metrics"][f"{score}_alone/{name}"])
-    gap = found.compare(score, f"{score}_alone/{best}")
-    assert (said["unimodal_baseline"].ok == "good") == (gap.better and "chance" not in said)
-    assert (said["unimodal_baseline"].ok == "bad") == gap.worse
-    turned = {**made["details"]["score"]["outcomes"]}
+    best = max(actual.names, key=lambda name: result["metrics"][f"{score}_alone/{name}"])
+    gap = actual.compare(score, f"{score}_alone/{best}")
+    assert (message["unimodal_baseline"].ok == "good") == (gap.better and "chance" not in message)
+    assert (message["unimodal_baseline"].ok == "bad") == gap.worse
+    turned = {**result["details"]["score"]["outcomes"]}
     turned = {metric: pack_outcomes(unpack_outcomes(packed)[::-1]) for metric, packed in turned.items()}
-    again = verdicts({**made, "details": {"score": {"outcomes": turned}}})
-    assert [(v.key, v.ok, v.text) for v in again] == [(v.key, v.ok, v.text) for v in said.values()]
+    again = verdicts({**result, "details": {"score": {"outcomes": turned}}})
+    assert [(v.key, v.ok, v.text) for v in again] == [(v.key, v.ok, v.text) for v in message.values()]
 
 
 @pytest.mark.parametrize("task", TASKS)
 @given(st.integers(2, 100), LEVELS, st.integers(0, 99))
 @settings(max_examples=10, deadline=None)
 def test_constant_prediction_score_is_not_a_success(task, samples, levels, seed):
-    made, _ = content(task, samples, levels, seed, {"": "_constant", "_noise/image": "_constant"})
-    found = verdicts(made)
-    assert found[0].key == "chance"
-    assert headline("mine", found) == "mine is no better than a constant prediction"
-    assert all(verdict.ok != "good" for verdict in found if verdict.key != "robustness/audio")
-    assert not any("uses" in verdict.claim for verdict in found)
+    result, _ = content(task, samples, levels, seed, {"": "_constant", "_noise/image": "_constant"})
+    actual = verdicts(result)
+    assert actual[0].key == "chance"
+    assert headline("mine", actual) == "mine is no better than a constant prediction"
+    assert all(verdict.ok != "good" for verdict in actual if verdict.key != "robustness/audio")
+    assert not any("uses" in verdict.claim for verdict in actual)
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_fallback_to_constant_prediction_is_not_a_success(task):
     levels = dict.fromkeys(("_constant", "_noise/audio", "_alone/image"), 0.5) | {"": 0.9, "_alone/audio": 0.9}
-    made, _ = content(task, 500, levels, 0, {"_noise/audio": "_constant", "_alone/image": "_constant"})
-    verdict = {verdict.key: verdict for verdict in verdicts(made)}["robustness/audio"]
+    result, _ = content(task, 500, levels, 0, {"_noise/audio": "_constant", "_alone/image": "_constant"})
+    verdict = {verdict.key: verdict for verdict in verdicts(result)}["robustness/audio"]
     assert (verdict.claim, verdict.ok) == ("has no informative alternative to audio", "neutral")
     assert "constant prediction" in verdict.text
 
@@ -247,9 +247,9 @@ def test_constant_model_uses_no_modality(task):
     answer = {"classification": [1.0, 0.0], "multilabel": [-1.0, -1.0]}.get(task)
     model = ConstantModel(target.median(dim=0).values.tolist() if answer is None else answer)
     model.task = task
-    found = diagnose(model, loader)
-    assert found.verdicts[0].key == "chance"
-    assert not any("uses" in verdict.claim or verdict.ok == "good" for verdict in found.verdicts)
+    result = diagnose(model, loader)
+    assert result.verdicts[0].key == "chance"
+    assert not any("uses" in verdict.claim or verdict.ok == "good" for verdict in result.verdicts)
 
 
 def test_unimodal_scores_use_samples_with_the_modality():
@@ -260,14 +260,14 @@ def test_unimodal_scores_use_samples_with_the_modality():
     half = torch.ones(samples, dtype=torch.double)
     half[::2] = torch.nan
     alone = {"audio": half, "image": torch.zeros(samples)}
-    found = diagnose(model, loader, tests=["noise"], alone=alone)
-    assert found.metrics["accuracy_alone/audio"] == 1.0
-    assert found.metrics["accuracy_with/audio"] == 1.0
-    golden = {verdict.key: verdict for verdict in found.verdicts}["unimodal_baseline"]
+    result = diagnose(model, loader, tests=["noise"], alone=alone)
+    assert result.metrics["accuracy_alone/audio"] == 1.0
+    assert result.metrics["accuracy_with/audio"] == 1.0
+    golden = {verdict.key: verdict for verdict in result.verdicts}["unimodal_baseline"]
     assert golden.claim == "is no better than its best unimodal baseline"
     assert f"on the {samples // 2} samples with both" in golden.text
-    compared = VerdictEvidence(found.to_dict()).compare("accuracy_alone/audio", "accuracy_noise/image")
-    kept = unpack_outcomes(found.details["noise"]["outcomes"]["accuracy_noise/image"])[1::2]
+    compared = VerdictEvidence(result.to_dict()).compare("accuracy_alone/audio", "accuracy_noise/image")
+    kept = unpack_outcomes(result.details["noise"]["outcomes"]["accuracy_noise/image"])[1::2]
     assert (compared.samples, compared.paired) == (samples // 2, True)
     assert compared.base == pytest.approx(kept.mean())
 
@@ -279,9 +279,9 @@ def test_outcomes_of_different_length_raise():
 
 
 def test_models_are_paired_on_common_samples():
-    made, _ = content("classification", 200, {"": 0.6, "_constant": 0.3}, 0)
-    other = {**made, "metrics": {**made["metrics"]}}
-    one, two = VerdictEvidence(made), VerdictEvidence(other)
+    result, _ = content("classification", 200, {"": 0.6, "_constant": 0.3}, 0)
+    other = {**result, "metrics": {**result["metrics"]}}
+    one, two = VerdictEvidence(result), VerdictEvidence(other)
     assert one.compare("accuracy", "accuracy", two).p == 1.0
     assert one.compare("accuracy", "accuracy", two).paired
     elsewhere, _ = content("classification", 200, {"": 0.6, "_constant": 0.3}, 1)

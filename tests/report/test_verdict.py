@@ -38,12 +38,12 @@ def slow_unpaired(samples, a, b):
 @settings(max_examples=40, deadline=None)
 @given(st.integers(2, 5000), st.floats(0, 1), st.floats(0, 1))
 def test_scores_without_outcomes_are_compared_unpaired(samples, a, b):
-    found = VerdictEvidence(content(samples, accuracy=a, accuracy_mask__audio=b))
-    compared = found.compare("accuracy_mask/audio", "accuracy")
+    result = VerdictEvidence(content(samples, accuracy=a, accuracy_mask__audio=b))
+    compared = result.compare("accuracy_mask/audio", "accuracy")
     assert compared.p == pytest.approx(slow_unpaired(samples, a, b), abs=1e-12)
     assert compared.sure == (compared.p < SURE)
     assert not compared.paired
-    back = found.compare("accuracy", "accuracy_mask/audio")
+    back = result.compare("accuracy", "accuracy_mask/audio")
     assert (back.p, back.difference) == (pytest.approx(compared.p), pytest.approx(-compared.difference))
 
 
@@ -51,12 +51,12 @@ def test_scores_without_outcomes_are_compared_unpaired(samples, a, b):
 @given(st.integers(10, 3000), st.floats(0.2, 0.95), st.floats(-0.1, 0.1))
 def test_use_requires_significance(samples, full, effect):
     left = min(max(full + effect, 0.0), 1.0)
-    found = verdicts_of(samples=samples, accuracy=full, accuracy_mask__audio=left)["use/audio"]
+    result = verdicts_of(samples=samples, accuracy=full, accuracy_mask__audio=left)["use/audio"]
     big = slow_unpaired(samples, full, left) < SURE
-    assert (found.claim in ("uses audio", "is better without audio")) == big
+    assert (result.claim in ("uses audio", "is better without audio")) == big
     if not big:
-        assert "p = " in found.text
-        assert found.ok != "good"
+        assert "p = " in result.text
+        assert result.ok != "good"
 
 
 def test_significance_level_boundaries():
@@ -104,9 +104,9 @@ def test_use_of_all_modalities_is_one_sentence():
 def test_dominance_threshold():
     metrics = {"accuracy": 0.8, "accuracy_mask__audio": 0.7, "accuracy_mask__image": 0.4}
     at = {"shapley__audio": 0.25, "shapley__image": 0.75}
-    found = verdicts_of(**metrics, **at)["use"]
-    assert (found.claim, found.test) == ("relies mostly on image", "shapley")
-    assert "accounts for 75 %" in found.text
+    result = verdicts_of(**metrics, **at)["use"]
+    assert (result.claim, result.test) == ("relies mostly on image", "shapley")
+    assert "accounts for 75 %" in result.text
     assert verdicts_of(**metrics, shapley__audio=0.26, shapley__image=0.74)["use"].claim == "uses both modalities"
     # The same parts of a difference that may be luck.
     luck = {**metrics, "accuracy_mask__image": 0.69}
@@ -130,26 +130,26 @@ def test_dominance_threshold():
     ],
 )
 def test_attention_quality_claims(r, p, claim, ok):
-    found = verdicts_of(noise_attention_r=r, noise_attention_p=p, details={"response": {"modality": "audio"}})[
+    result = verdicts_of(noise_attention_r=r, noise_attention_p=p, details={"response": {"modality": "audio"}})[
         "quality"
     ]
-    assert (found.claim, found.ok, found.test) == (claim, ok, "response")
-    assert "audio" in found.text
-    assert "nan" not in found.text
+    assert (result.claim, result.ok, result.test) == (claim, ok, "response")
+    assert "audio" in result.text
+    assert "nan" not in result.text
 
 
 def test_different_signs_depend_on_the_noise_level():
-    found = verdicts_of(noise_attention_r=-0.39, noise_attention_p=0.0, noise_attention_r_own=0.03)["level"]
-    assert (found.claim, found.ok, found.test) == ("responds to the level of the noise", "bad", "response")
-    assert "r = \N{MINUS SIGN}0.39; with those of each sample r = +0.03. The signs differ" in found.text
+    result = verdicts_of(noise_attention_r=-0.39, noise_attention_p=0.0, noise_attention_r_own=0.03)["level"]
+    assert (result.claim, result.ok, result.test) == ("responds to the level of the noise", "bad", "response")
+    assert "r = \N{MINUS SIGN}0.39; with those of each sample r = +0.03. The signs differ" in result.text
     assert "level" not in verdicts_of(noise_attention_r=-0.39, noise_attention_p=0.0, noise_attention_r_own=-0.03)
     assert "level" not in verdicts_of(noise_attention_r=-0.39, noise_attention_p=0.0, noise_attention_r_own=math.nan)
 
 
 def test_constant_attention_claim_requires_enough_samples():
-    found = verdicts_of(samples=12, noise_attention_r=0.2, noise_attention_p=0.3)["quality"]
-    assert (found.claim, found.ok) == ("shows no significant response of attention to noise", "neutral")
-    assert "r = +0.20, p = 0.30" in found.text
+    result = verdicts_of(samples=12, noise_attention_r=0.2, noise_attention_p=0.3)["quality"]
+    assert (result.claim, result.ok) == ("shows no significant response of attention to noise", "neutral")
+    assert "r = +0.20, p = 0.30" in result.text
 
 
 @pytest.mark.parametrize(
@@ -158,17 +158,17 @@ def test_constant_attention_claim_requires_enough_samples():
 )
 def test_fallback_compared_with_the_other_modality_alone(left, samples, ok):
     metrics = {"accuracy": 0.8, "accuracy_noise__audio": left, "accuracy_alone__image": 0.65}
-    found = verdicts_of(samples=samples, **metrics, accuracy_alone__audio=0.4, accuracy_mask__audio=0.1)[
+    result = verdicts_of(samples=samples, **metrics, accuracy_alone__audio=0.4, accuracy_mask__audio=0.1)[
         "robustness/audio"
     ]
-    assert found.ok == ok
-    assert "image alone reaches 65.0 %" in found.text
-    assert found.figures == {"accuracy_noise/audio": left, "accuracy_alone/image": 0.65}
+    assert result.ok == ok
+    assert "image alone reaches 65.0 %" in result.text
+    assert result.figures == {"accuracy_noise/audio": left, "accuracy_alone/image": 0.65}
 
 
 def test_fallback_compared_with_the_masked_score():
-    found = verdicts_of(accuracy=0.8, accuracy_noise__audio=0.3, accuracy_mask__audio=0.6)["robustness/audio"]
-    assert found.text == (
+    result = verdicts_of(accuracy=0.8, accuracy_noise__audio=0.3, accuracy_mask__audio=0.6)["robustness/audio"]
+    assert result.text == (
         "Not robust to noise: with audio replaced by noise the accuracy is 30.0 %, masking audio gives 60.0 % "
         "(−30.0 points, p < 0.001, unpaired)."
     )
@@ -190,9 +190,9 @@ def test_unimodal_baseline():
 
 
 def test_chance_level_model_is_reported_first():
-    found = verdicts(content(samples=200, accuracy=0.35, accuracy_constant=0.3, accuracy_mask__audio=0.3))
-    assert found[0].key == "chance"
-    assert headline("mine", found) == "mine is no better than a constant prediction"
+    result = verdicts(content(samples=200, accuracy=0.35, accuracy_constant=0.3, accuracy_mask__audio=0.3))
+    assert result[0].key == "chance"
+    assert headline("mine", result) == "mine is no better than a constant prediction"
     assert "chance" not in verdicts_of(accuracy=0.35, accuracy_constant=0.3)
     assert "chance" in verdicts_of(accuracy=0.2, accuracy_constant=0.3)
 
@@ -204,9 +204,9 @@ def test_attention_and_confidence_thresholds():
     assert "collapse" not in verdicts_of(residual_last=FLAT)
     details = {"ood": {"outside": MANY}}
     given = [KNOWS, KNOWS - 1e-6, GUESSES, GUESSES - 1e-6, 0.5, 0.2]
-    found = [verdicts_of(auroc=value, details=details)["ood"] for value in given]
-    assert [verdict.ok for verdict in found] == ["good", "neutral", "neutral", "bad", "bad", "bad"]
-    assert "does not significantly separate" in found[4].text
+    result = [verdicts_of(auroc=value, details=details)["ood"] for value in given]
+    assert [verdict.ok for verdict in result] == ["good", "neutral", "neutral", "bad", "bad", "bad"]
+    assert "does not significantly separate" in result[4].text
     # As far from chance as 30 samples of both kinds may be by luck: sqrt(61 / (12 * 900)) = 0.0752.
     few = {"samples": 30, "details": {"ood": {"outside": 30}}}
     assert verdicts_of(auroc=0.64, **few)["ood"].claim == "does not detect out-of-distribution inputs"
@@ -225,9 +225,9 @@ def test_regression_uses_per_sample_errors():
     regression = {"task": "regression", "samples": 200, "details": details, "negative_error": -1.0}
     # sqrt(2 * 0.25 / 200) = 0.05
     assert verdicts_of(**regression, negative_error_mask__audio=-1.09)["use/audio"].ok == "neutral"
-    found = verdicts_of(**regression, negative_error_mask__audio=-1.11)["use/audio"]
+    result = verdicts_of(**regression, negative_error_mask__audio=-1.11)["use/audio"]
     # An error grows; it is no negative number that falls.
-    assert found.text == "Uses audio: 1.00 unmodified, 1.11 without it (+0.11, p = 0.028, unpaired)."
+    assert result.text == "Uses audio: 1.00 unmodified, 1.11 without it (+0.11, p = 0.028, unpaired)."
     # Without the samples' errors nothing is measurable, and nothing is ignored either.
     blank = verdicts_of(**{**regression, "details": {}}, negative_error_mask__audio=-9.0)["use/audio"]
     assert blank.ok == "neutral"
@@ -238,10 +238,10 @@ def test_regression_uses_per_sample_errors():
 def test_verdicts_do_not_depend_on_modality_order(order, left):
     metrics = {f"accuracy_mask/{name}": value for name, value in zip(("audio", "image", "text"), left, strict=True)}
     base = {**content(samples=300, names=order, accuracy=0.7), "metrics": {"accuracy": 0.7, **metrics}}
-    found = {verdict.key: (verdict.ok, verdict.text) for verdict in verdicts(base)}
+    result = {verdict.key: (verdict.ok, verdict.text) for verdict in verdicts(base)}
     for name in order:
         again = {**base, "names": ["audio", "image", "text"]}
-        assert found[f"use/{name}"] == {v.key: (v.ok, v.text) for v in verdicts(again)}[f"use/{name}"]
+        assert result[f"use/{name}"] == {v.key: (v.ok, v.text) for v in verdicts(again)}[f"use/{name}"]
 
 
 def test_no_measurements_give_no_verdicts():
@@ -253,8 +253,8 @@ def test_no_measurements_give_no_verdicts():
 
 def test_model_with_zero_weights_ignores_the_modality():
     model = weighted_model(audio=1.0, image=0.0)
-    found = diagnose(model, labeled_batches(model))
-    by_key = {verdict.key: verdict for verdict in found.verdicts}
+    result = diagnose(model, labeled_batches(model))
+    by_key = {verdict.key: verdict for verdict in result.verdicts}
     assert by_key["use"].claim == "uses audio and ignores image"
     assert by_key["use/image"].figures["changed_noise/image"] == 0.0
     assert by_key["use/image"].ok == "bad"
@@ -264,11 +264,11 @@ def test_model_with_zero_weights_ignores_the_modality():
 
 def test_model_with_both_weights_uses_both():
     model = weighted_model(audio=1.0, image=1.0)
-    found = diagnose(model, labeled_batches(model))
-    assert {v.key: v.claim for v in found.verdicts}["use"] == "uses both modalities"
+    result = diagnose(model, labeled_batches(model))
+    assert {v.key: v.claim for v in result.verdicts}["use"] == "uses both modalities"
     # A static model has no attention to look at quality with.
-    assert "quality" not in {verdict.key for verdict in found.verdicts}
-    assert "attention" in found.skipped["response"]
+    assert "quality" not in {verdict.key for verdict in result.verdicts}
+    assert "attention" in result.skipped["response"]
 
 
 @pytest.mark.parametrize(
@@ -281,10 +281,10 @@ def test_model_with_both_weights_uses_both():
 )
 def test_attention_that_follows_or_ignores_noise(sharpness, mean, claim):
     model = quality_attention(sharpness)
-    found = diagnose(
+    result = diagnose(
         model, quality_batches(model), noise={"audio": (mean, 0.1), "image": (mean, 0.1)}, modality="audio"
     )
-    by_key = {verdict.key: verdict for verdict in found.verdicts}
+    by_key = {verdict.key: verdict for verdict in result.verdicts}
     assert by_key["quality"].claim == claim
     # With even attention every sample is divided alike.
     assert ("constant_attention" in by_key) == (sharpness == 0.0)

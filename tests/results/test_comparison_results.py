@@ -25,8 +25,8 @@ def content():
 
 
 def test_csv_has_every_metric_of_every_run_with_all_digits(tmp_path):
-    made = content()
-    frame = pandas.read_csv(made.write_csv(tmp_path / "results.csv"))
+    result = content()
+    frame = pandas.read_csv(result.write_csv(tmp_path / "results.csv"))
     assert list(frame.columns) == ["run", "method", "seed", "fold", "metric", "value", "low", "high"]
     assert len(frame) == 6
     first = frame[(frame.run == "A/joint/seed0") & (frame.metric == "accuracy")].iloc[0]
@@ -48,9 +48,9 @@ def test_data_frames_of_runs_and_summary(tmp_path):
 
 
 def test_html_is_escaped_and_shows_failures():
-    made = content()
-    made["failures"] = [{"method": "<b>", "seed": 0, "error": "<script>"}]
-    shown = made._repr_html_()
+    result = content()
+    result["failures"] = [{"method": "<b>", "seed": 0, "error": "<script>"}]
+    shown = result._repr_html_()
     assert "<td>0.4 ± 0.14</td>" in shown
     assert "<th>joint</th><th>concat</th>" in shown
     assert "&lt;script&gt;" in shown
@@ -60,19 +60,19 @@ def test_html_is_escaped_and_shows_failures():
 
 
 def test_compare_writes_results_csv(tmp_path):
-    made = compare(recipe(epochs=1), ["concat"], seeds=1, out=tmp_path, workers=0)
+    result = compare(recipe(epochs=1), ["concat"], seeds=1, out=tmp_path, workers=0)
     frame = pandas.read_csv(tmp_path / "results.csv")
-    assert frame.equals(pandas.read_csv(made.write_csv(tmp_path / "again.csv")))
-    assert frame[frame.metric == "accuracy"].value.item() == made["runs"][0]["metrics"]["accuracy"]
-    assert "concat" in made._repr_html_()
+    assert frame.equals(pandas.read_csv(result.write_csv(tmp_path / "again.csv")))
+    assert frame[frame.metric == "accuracy"].value.item() == result["runs"][0]["metrics"]["accuracy"]
+    assert "concat" in result._repr_html_()
 
 
 def test_a_diagnosis_is_shown_with_its_findings():
     model = weighted_model(audio=1.0, image=0.3)
-    found = eq.diagnose(model, labeled_batches(model), tests=["score", "noise", "keys"])
-    frame = found.to_pandas()
-    assert dict(zip(frame.metric, frame.value, strict=True)) == pytest.approx(found.metrics, nan_ok=True)
-    shown = found._repr_html_()
-    assert shown.count("<li>") == len(found.verdicts) + len(found.skipped)
+    result = eq.diagnose(model, labeled_batches(model), tests=["score", "noise", "keys"])
+    frame = result.to_pandas()
+    assert dict(zip(frame.metric, frame.value, strict=True)) == pytest.approx(result.metrics, nan_ok=True)
+    shown = result._repr_html_()
+    assert shown.count("<li>") == len(result.verdicts) + len(result.skipped)
     renamed = eq.Diagnosis("<i>", ("a",), None, 1, {"<u>": 1.0}, skipped={"<s>": "<s>"})
     assert not any(tag in renamed._repr_html_() for tag in ("<i>", "<u>", "<s>"))

@@ -43,21 +43,21 @@ def expected_metric(name, logits, target, task):
     sk = pytest.importorskip("sklearn.metrics")
     x, y = logits.double().numpy(), target.double().numpy()
     if task == "classification":
-        found, y, scores = x.argmax(axis=1), y.astype(int), softmax(x)
+        result, y, scores = x.argmax(axis=1), y.astype(int), softmax(x)
         binary = x.shape[1] == 2
         marked = y if binary else np.eye(x.shape[1])[y]
         return {
-            "accuracy": lambda: sk.accuracy_score(y, found),
-            "balanced_accuracy": lambda: sk.balanced_accuracy_score(y, found),
-            "f1_macro": lambda: sk.f1_score(y, found, average="macro"),
+            "accuracy": lambda: sk.accuracy_score(y, result),
+            "balanced_accuracy": lambda: sk.balanced_accuracy_score(y, result),
+            "f1_macro": lambda: sk.f1_score(y, result, average="macro"),
             "auroc": lambda: sk.roc_auc_score(y, scores[:, 1] if binary else scores, multi_class="ovr"),
             "map": lambda: sk.average_precision_score(marked, scores[:, 1] if binary else scores, average="macro"),
         }[name]()
     if task == "multilabel":
-        found, y, scores = (x > 0).astype(int), y.astype(int), 1 / (1 + np.exp(-x))
+        result, y, scores = (x > 0).astype(int), y.astype(int), 1 / (1 + np.exp(-x))
         return {
-            "accuracy": lambda: (found == y).mean(),
-            "f1_macro": lambda: sk.f1_score(y, found, average="macro", zero_division=0),
+            "accuracy": lambda: (result == y).mean(),
+            "f1_macro": lambda: sk.f1_score(y, result, average="macro", zero_division=0),
             "auroc": lambda: sk.roc_auc_score(y, scores, average="macro"),
             "map": lambda: sk.average_precision_score(y, scores, average="macro"),
         }[name]()
@@ -107,10 +107,10 @@ def test_against_scikit_learn_and_loops(name, seed):
             right = math.sqrt(float(((logits.double() - target.double()) ** 2).mean()))
         else:
             right = expected_metric(name, logits, target, task)
-        found = metric.evaluate(logits, target, task)
-        assert found.reason == ""
-        assert found.value == pytest.approx(right, **SINGLE)
-        assert metric.bounds[0] <= found.value <= metric.bounds[1]
+        result = metric.evaluate(logits, target, task)
+        assert result.reason == ""
+        assert result.value == pytest.approx(right, **SINGLE)
+        assert metric.bounds[0] <= result.value <= metric.bounds[1]
 
 
 @pytest.mark.parametrize("name", METRICS)
@@ -121,9 +121,9 @@ def test_resamples_are_the_metric_of_repeated_samples(name):
             continue
         logits, target = random_predictions(task, outputs, samples=23, seed=3)
         rows = resampled_values(metric, logits, target, task, count=12)
-        for weights, found in zip(torch.cat(list(resample_weights(23, 12))), rows, strict=True):
+        for weights, result in zip(torch.cat(list(resample_weights(23, 12))), rows, strict=True):
             chosen = torch.arange(23).repeat_interleave(weights.long())
-            assert found == pytest.approx(metric.evaluate(logits[chosen], target[chosen], task).value, **SINGLE)
+            assert result == pytest.approx(metric.evaluate(logits[chosen], target[chosen], task).value, **SINGLE)
 
 
 @pytest.mark.parametrize(
@@ -144,9 +144,9 @@ def test_resamples_are_the_metric_of_repeated_samples(name):
     ],
 )
 def test_undefined_metrics_are_nan_with_a_reason(name, logits, target, task, reason):
-    found = METRICS[name].evaluate(logits, target, task)
-    assert math.isnan(found.value)
-    assert reason in found.reason
+    result = METRICS[name].evaluate(logits, target, task)
+    assert math.isnan(result.value)
+    assert reason in result.reason
     if len(logits):
         rows = resampled_values(METRICS[name], logits, target, task, count=20)
         assert rows.shape == (20,)

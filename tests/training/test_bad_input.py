@@ -18,13 +18,13 @@ TEXT = recipes.dump_recipe(recipe(epochs=2))
 def error_message(capfd, *arguments, status=1):
     """Returns stderr of the command as one line."""
     assert run([str(argument) for argument in arguments]) == status
-    said = capfd.readouterr()
-    assert "Traceback" not in said.out + said.err
-    return said.err.strip()
+    message = capfd.readouterr()
+    assert "Traceback" not in message.out + message.err
+    return message.err.strip()
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "said"),
+    ("before", "after", "message"),
     [
         (TEXT, "- a\n- b\n", "recipe r.yaml: expected a mapping of options, got list."),
         (TEXT, "", "expected a mapping of options, got NoneType."),
@@ -68,7 +68,7 @@ def error_message(capfd, *arguments, status=1):
         ("balancer: progressive_rollingq", "balancer: progressive", "Did you mean 'progressive_rollingq'?"),
     ],
 )  # fmt: skip
-def test_recipes(before, after, said, tmp_path, capfd):
+def test_recipes(before, after, message, tmp_path, capfd):
     path = tmp_path / "r.yaml"
     assert before in TEXT
     path.write_text(TEXT.replace(before, after))
@@ -76,7 +76,7 @@ def test_recipes(before, after, said, tmp_path, capfd):
     line = error_message(
         capfd, "compare", "--config", path, "--methods", methods, "--out", tmp_path / "o", "--workers", 0
     )
-    assert said in line
+    assert message in line
     assert len(line.splitlines()) == 1
     assert not (tmp_path / "o").exists()
 
@@ -91,7 +91,7 @@ def test_encoders_of_different_width_raise(tmp_path, capfd):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (
             ["compare", "--methods", "joit"],
@@ -126,14 +126,14 @@ def test_encoders_of_different_width_raise(tmp_path, capfd):
         (["train", "--strategy", "dpp"], "got You selected an invalid strategy name: `strategy='dpp'`."),
     ],
 )
-def test_command_lines(arguments, said, tmp_path, capfd):
+def test_command_lines(arguments, message, tmp_path, capfd):
     command, *rest = arguments
     path = write_recipe(tmp_path / "r.yaml")
-    assert said in error_message(capfd, command, "--config", path, "--out", tmp_path / "o", *rest)
+    assert message in error_message(capfd, command, "--config", path, "--out", tmp_path / "o", *rest)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (
             ["compare", "--config", "digts"],
@@ -149,8 +149,8 @@ def test_command_lines(arguments, said, tmp_path, capfd):
         (["report", "nowhere"], "read 'nowhere': expected a results file, got no such file."),
     ],
 )
-def test_names_of_files(arguments, said, capfd):
-    assert said in error_message(capfd, *arguments)
+def test_names_of_files(arguments, message, capfd):
+    assert message in error_message(capfd, *arguments)
 
 
 @pytest.mark.parametrize("command", ["compare", "train"])
@@ -179,9 +179,9 @@ def test_missing_data_raise(tmp_path, capfd, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("rate", "cut", "said"), [(16000, 0, "a rate of 8000 Hz, got 16000 Hz"), (8000, 9, "truncated")]
+    ("rate", "cut", "message"), [(16000, 0, "a rate of 8000 Hz, got 16000 Hz"), (8000, 9, "truncated")]
 )
-def test_damaged_recordings_raise(rate, cut, said, tmp_path, capfd, monkeypatch):
+def test_damaged_recordings_raise(rate, cut, message, tmp_path, capfd, monkeypatch):
     from equipoise.data.sets.av_digits import SPEAKERS
 
     folder = tmp_path / "fsdd" / "recordings"
@@ -199,7 +199,7 @@ def test_damaged_recordings_raise(rate, cut, said, tmp_path, capfd, monkeypatch)
     last.write_bytes(last.read_bytes()[: 244 - cut])
     monkeypatch.setenv("EQUIPOISE_DATA", str(tmp_path))
     line = error_message(capfd, "compare", "--config", "av_digits", "--out", tmp_path / "o")
-    assert said in line
+    assert message in line
     assert ".wav" in line
 
 
@@ -210,11 +210,11 @@ def corrupt_dataset(monkeypatch):
     real = type(source).batch
 
     def batch(self, split, index, **options):
-        made = real(self, split, index, **options)
+        result = real(self, split, index, **options)
         if split == "train" and options["epoch"] >= 1:
-            made["image"] = made["image"].clone()
-            made["image"][index == 421] = torch.nan
-        return made
+            result["image"] = result["image"].clone()
+            result["image"][index == 421] = torch.nan
+        return result
 
     monkeypatch.setattr(type(source), "batch", batch)
 
@@ -233,8 +233,8 @@ def test_nan_in_a_batch_raises(corrupt_dataset, tmp_path, capfd, monkeypatch):
         == 0
     )
     experiment.execute_run(experiment.RunSpec(recipe(), "joint", 0), tmp_path / "whole")
-    whole, resumed = weights(tmp_path / "whole"), weights(out)
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    full, resumed = weights(tmp_path / "whole"), weights(out)
+    assert all(torch.equal(full[name], resumed[name]) for name in full)
 
 
 def test_nan_is_recorded_as_a_failed_run(corrupt_dataset, tmp_path):
@@ -248,9 +248,9 @@ def test_absent_modality(monkeypatch, tmp_path):
     real = type(source).batch
 
     def batch(self, *args, **options):
-        made = real(self, *args, **options)
-        made.pop("audio")
-        return made
+        result = real(self, *args, **options)
+        result.pop("audio")
+        return result
 
     monkeypatch.setattr(type(source), "batch", batch)
     content = compare(recipe(), ["joint"], seeds=1, out=tmp_path, workers=0)

@@ -24,8 +24,8 @@ def test_weights_restore_the_model(tmp_path):
     model = build_model()
     load_weights(model, tmp_path / "model.safetensors")
     assert int(model.fusion.attention.core.rolling.rotations) == 1
-    found = evaluate_run(model, load_run_dataset(recipe(), None), recipe())["metrics"]
-    assert found == {name: run["metrics"][name] for name in found}
+    result = evaluate_run(model, load_run_dataset(recipe(), None), recipe())["metrics"]
+    assert result == {name: run["metrics"][name] for name in result}
     assert not list(tmp_path.rglob("*.partial"))
 
 

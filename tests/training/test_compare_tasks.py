@@ -24,11 +24,11 @@ METHODS = ("sensor", "concat", "concat_sgd+ogm", "joint", "joint+rollingq")
 
 
 def tiny_recipe(task):
-    made = recipes.load_recipe("generated").with_train(epochs=2, batch_size=20)
+    config = recipes.load_recipe("generated").with_train(epochs=2, batch_size=20)
     small = {"dim": 8, "depth": 1, "heads": 1}
-    encoders = {name: {**options, **small} for name, options in made.encoders.items()}
+    encoders = {name: {**options, **small} for name, options in config.encoders.items()}
     rolling = {"rollingq": {"beta": 0.0, "warmup_epochs": 0}}
-    return replace(made, data={**made.data, "task": task, "samples": 40}, encoders=encoders, balancers=rolling)
+    return replace(config, data={**config.data, "task": task, "samples": 40}, encoders=encoders, balancers=rolling)
 
 
 @pytest.fixture(scope="module", params=TASKS)
@@ -63,25 +63,25 @@ def test_scores_are_named_after_the_task_metric(comparison):
 def test_page_and_table_name_the_task_metric(comparison):
     task, content = comparison
     words = ("accuracy", "mean absolute error")
-    said, unsaid = reversed(words) if task == "regression" else words
+    message, unsaid = reversed(words) if task == "regression" else words
     readings = ResultsView(content)
     text = " ".join([*verdict(readings), method_title(readings.score), comparison_figures.scores(readings)])
     console = Console(record=True, width=200, file=io.StringIO())
     show(content, console)
     printed = console.export_text()
-    assert f"has the {'lowest' if task == 'regression' else 'highest mean'} {said}" in text
+    assert f"has the {'lowest' if task == 'regression' else 'highest mean'} {message}" in text
     assert "\N{MINUS SIGN}0." not in printed.partition("against")[0]
-    assert said in printed
+    assert message in printed
     assert unsaid not in (text + printed).lower()
     assert ("%" in printed) is (task != "regression")
 
 
 def test_every_balancer_trains_from_a_recipe(tmp_path):
     """From the recipe's options to the checkpoint, in Lightning's loop; checkpoints, reviews and teachers included."""
-    made = tiny_recipe("classification").with_train(epochs=2, optimizer="sgd", learning_rate=0.05)
+    config = tiny_recipe("classification").with_train(epochs=2, optimizer="sgd", learning_rate=0.05)
     names = [("joint+" if "rollingq" in name else "concat+") + name for name in available_classes(balance, Balancer)]
-    content = compare(made, names, seeds=1, out=tmp_path, workers=0)
+    content = compare(config, names, seeds=1, out=tmp_path, workers=0)
     assert [failure["error"] for failure in content["failures"]] == []
-    said = {run["method"]: set(run["history"][-1].get("balance", {})) for run in content["runs"]}
-    assert set(said) == set(names)
-    assert {"weight/audio", "weight/image", "weight/sensor"} <= said["concat+pmr"]
+    message = {run["method"]: set(run["history"][-1].get("balance", {})) for run in content["runs"]}
+    assert set(message) == set(names)
+    assert {"weight/audio", "weight/image", "weight/sensor"} <= message["concat+pmr"]

@@ -51,7 +51,7 @@ def test_each_run_uses_one_device(given, used, tmp_path, monkeypatch):
 def test_runs_alternate_between_devices(accelerator, there, devices, monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: there)
     assert [device(accelerator, number) for number in range(4)] == [
-        {"accelerator": accelerator, "devices": wanted} for wanted in devices
+        {"accelerator": accelerator, "devices": expected} for expected in devices
     ]
 
 
@@ -126,10 +126,10 @@ def test_statistics_are_paired(finished_comparison):
 
 def test_workers_do_not_change_results(finished_comparison, tmp_path):
     content = compare(recipe(epochs=2), METHODS[1:], seeds=1, out=tmp_path, workers=2)
-    wanted = [
+    expected = [
         run for run in metrics_by_run(finished_comparison[0]) if run["method"] in METHODS[1:] and run["seed"] == 0
     ]
-    assert metrics_by_run(content) == wanted
+    assert metrics_by_run(content) == expected
 
 
 def test_only_new_runs_are_executed(finished_comparison):
@@ -201,15 +201,15 @@ def test_second_comparison_in_the_same_folder_raises(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("names", "seeds", "workers", "said"),
+    ("names", "seeds", "workers", "message"),
     [
         ([], 1, 0, "at least one method and one seed, got 0 methods and 1 seeds"),
         (["concat"], 0, 0, "got 1 methods and 0 seeds"),
         (["concat"], 1, -1, "expected workers >= 0, got workers = -1"),
     ],
 )
-def test_invalid_plans_raise(names, seeds, workers, said, tmp_path):
-    with pytest.raises(ConfigError, match=said):
+def test_invalid_plans_raise(names, seeds, workers, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
         compare(recipe(), names, seeds=seeds, out=tmp_path, workers=workers)
 
 

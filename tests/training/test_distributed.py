@@ -15,8 +15,8 @@ WORLD, EPOCHS, STEPS, SIZE = 2, 3, 3, 5
 EXACT = TOL[torch.float64]
 
 
-def build(made, **options):
-    return eq.balance.RollingQ(made.fusion.attention, **{"beta": 0.0, "tail": 2, "max_rotations": None, **options})
+def build(model, **options):
+    return eq.balance.RollingQ(model.fusion.attention, **{"beta": 0.0, "tail": 2, "max_rotations": None, **options})
 
 
 def full_batch(epoch, step):
@@ -26,44 +26,44 @@ def full_batch(epoch, step):
 
 def train_in_process(rank):
     """Rotations, logs and logits of a few epochs; of one process on everything where ``rank`` is None."""
-    made = joint_model()
-    rolling = build(made)
-    called = made if rank is None else DistributedDataParallel(made)
-    optimizer = torch.optim.SGD(made.parameters(), lr=0.05)
+    model = joint_model()
+    rolling = build(model)
+    called = model if rank is None else DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     rotations, logs = [], []
     for epoch in range(EPOCHS):
-        made.train()
+        model.train()
         for step in range(STEPS):
             inputs = full_batch(epoch, step)
             if rank is not None:
                 inputs = split_batch(inputs, SIZE, SIZE)[rank]
             output = called(inputs)
-            loss = made.loss(output.logits, inputs["target"])
+            loss = model.loss(output.logits, inputs["target"])
             for scores in output.unimodal_logits.values():
                 # Over all samples, so that the mean over processes is that of the whole batch.
-                loss = loss + made.loss(scores, inputs["target"])
+                loss = loss + model.loss(scores, inputs["target"])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
         logs.append(rolling.end_epoch())
         rotations.append(rolling.rotation.clone())
-    return {"rotations": rotations, "logs": logs, "logits": made.eval()(batch(seed=99)).logits.detach()}
+    return {"rotations": rotations, "logs": logs, "logits": model.eval()(batch(seed=99)).logits.detach()}
 
 
 def train_uneven(rank):
     """The second process sees nothing at all."""
-    made = joint_model()
-    rolling = build(made, tail=None)
-    run_forward(made, [batch(seed=1), batch(seed=2)] if rank in (None, 0) else [])
+    model = joint_model()
+    rolling = build(model, tail=None)
+    run_forward(model, [batch(seed=1), batch(seed=2)] if rank in (None, 0) else [])
     return {"log": rolling.end_epoch(), "rotation": rolling.rotation}
 
 
 def train_disagreeing(rank):
     """The second process would rotate otherwise, or not at all."""
-    made, other = joint_model(), joint_model()
-    rolling = build(made, rho=1.0 if rank in (None, 0) else 5.0)
+    model, other = joint_model(), joint_model()
+    rolling = build(model, rho=1.0 if rank in (None, 0) else 5.0)
     idle = build(other, beta=0.0 if rank in (None, 0) else 2.0)
-    for each in (made, other):
+    for each in (model, other):
         run_forward(each, [batch(seed=1)])
     rolling.end_epoch()
     log = idle.end_epoch()
@@ -73,10 +73,10 @@ def train_disagreeing(rank):
 
 def measure_full_pass(rank):
     """A pass of which each process has its own half."""
-    made = joint_model()
-    rolling = build(made, statistics="full_pass")
+    model = joint_model()
+    rolling = build(model, statistics="full_pass")
     batches = [batch(seed=seed, size=size) for seed, size in enumerate((5, 3, 2, 7))]
-    rolling.measure(made, batches if rank is None else batches[rank::WORLD])
+    rolling.measure(model, batches if rank is None else batches[rank::WORLD])
     rolling.end_epoch()
     return {"rotation": rolling.rotation}
 
@@ -84,13 +84,13 @@ def measure_full_pass(rank):
 def train_with_unused_parameters(rank):
     """Whether two steps pass in which parameters have no gradient, told to the wrapper and untold."""
     passed = {}
-    for told in (False, True):
+    for messages in (False, True):
         for what in ("stage", "modality"):
-            made = joint_model(depth=3 if what == "stage" else 1)
+            model = joint_model(depth=3 if what == "stage" else 1)
             if what == "stage":
-                eq.balance.ProgressiveRollingQ(made.fusion, epochs=3)
-            called = DistributedDataParallel(made, find_unused_parameters=told)
-            passed[f"{what}, {told}"] = True
+                eq.balance.ProgressiveRollingQ(model.fusion, epochs=3)
+            called = DistributedDataParallel(model, find_unused_parameters=messages)
+            passed[f"{what}, {messages}"] = True
             try:
                 for seed in range(2):
                     inputs = batch(seed=seed)
@@ -98,9 +98,9 @@ def train_with_unused_parameters(rank):
                         inputs["image"] = None
                     output = called(inputs)
                     scores = sum(logits.sum() for logits in output.unimodal_logits.values())
-                    (made.loss(output.logits, inputs["target"]) + scores).backward()
+                    (model.loss(output.logits, inputs["target"]) + scores).backward()
             except RuntimeError as error:
-                passed[f"{what}, {told}"] = "find_unused_parameters=True" not in str(error)
+                passed[f"{what}, {messages}"] = "find_unused_parameters=True" not in str(error)
     return passed
 
 
@@ -146,9 +146,9 @@ def test_half_of_the_data_gives_a_different_rotation():
     """The equality above is worth something: the statistics of one process are not those of both."""
     rotations = []
     for take in (slice(0, 2), slice(0, 1), slice(1, 2)):
-        made = joint_model()
-        rolling = build(made)
-        run_forward(made, split_batch(full_batch(0, 0), SIZE, SIZE)[take])
+        model = joint_model()
+        rolling = build(model)
+        run_forward(model, split_batch(full_batch(0, 0), SIZE, SIZE)[take])
         rolling.end_epoch()
         rotations.append(rolling.rotation)
     assert float((rotations[0] - rotations[1]).abs().max()) > 1e-3

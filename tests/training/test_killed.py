@@ -41,7 +41,7 @@ def modification_times(folder):
 
 
 def test_compare_killed_three_times(uninterrupted_results, tmp_path):
-    whole, straight = uninterrupted_results
+    full, straight = uninterrupted_results
     config, out = write_recipe(tmp_path / "r.yaml"), tmp_path / "out"
     command = ["compare", "--config", config, "--methods", ",".join(METHODS), "--seeds", 2, "--out", out]
     rng = random.Random(20)
@@ -69,7 +69,7 @@ def test_compare_killed_three_times(uninterrupted_results, tmp_path):
     last = Forked(*command, "--workers", 0, said=tmp_path / "said")
     assert wait_until(lambda: False, last, whole_results) is False
     content = result_rows.load_results(out)
-    assert metrics_by_run(content) == metrics_by_run(whole)
+    assert metrics_by_run(content) == metrics_by_run(full)
     assert content["complete"] is True
     assert (out / "report.html").is_file()
     for run in ("concat/seed1", "joint+rollingq/seed0"):
@@ -77,7 +77,7 @@ def test_compare_killed_three_times(uninterrupted_results, tmp_path):
 
 
 def test_train_killed_three_times(uninterrupted_results, tmp_path):
-    whole = next(
+    full = next(
         run for run in uninterrupted_results[0]["runs"] if run["method"] == "joint+rollingq" and run["seed"] == 1
     )
     config, out = write_recipe(tmp_path / "r.yaml"), tmp_path / "out"
@@ -91,9 +91,9 @@ def test_train_killed_three_times(uninterrupted_results, tmp_path):
         process.send_signal(signal.SIGKILL)
         process.communicate()
     process = Forked(*command, said=tmp_path / "said")
-    said = process.communicate()
-    assert process.returncode == 0, said
-    assert reproducible_metrics(result_rows.load_results(out)["runs"][0]) == reproducible_metrics(whole)
+    message = process.communicate()
+    assert process.returncode == 0, message
+    assert reproducible_metrics(result_rows.load_results(out)["runs"][0]) == reproducible_metrics(full)
 
 
 def test_ctrl_c_in_compare(tmp_path):
@@ -104,10 +104,10 @@ def test_ctrl_c_in_compare(tmp_path):
     assert wait_until(lambda: len(workers_of(process.pid)) == 2, process), process.communicate()
     workers = children(process.pid)
     os.killpg(process.pid, signal.SIGINT)
-    said = process.communicate()
-    assert process.returncode == 130, said
-    assert "Interrupted. Finished runs are saved" in said
-    assert "Traceback" not in said
+    message = process.communicate()
+    assert process.returncode == 130, message
+    assert "Interrupted. Finished runs are saved" in message
+    assert "Traceback" not in message
     assert wait_for_end(workers) == set()
     assert result_rows.load_results(out)["complete"] is False
 
@@ -120,8 +120,8 @@ def test_ctrl_c_in_compare_while_workers_train(tmp_path):
     assert wait_until(lambda: len(modification_times(out)) == 2, process)
     workers = children(process.pid)
     process.send_signal(signal.SIGINT)
-    said = process.communicate()
-    assert process.returncode == 130, said
+    message = process.communicate()
+    assert process.returncode == 130, message
     assert wait_for_end(workers) == set()
     assert result_rows.load_results(out)["complete"] is False
 
@@ -132,9 +132,9 @@ def test_ctrl_c_in_train(tmp_path):
     process = Forked(*command, said=tmp_path / "said")
     assert wait_until(lambda: modification_times(out), process)
     process.send_signal(signal.SIGINT)
-    said = process.communicate()
-    assert process.returncode == 130, said
-    assert "Traceback" not in said
+    message = process.communicate()
+    assert process.returncode == 130, message
+    assert "Traceback" not in message
 
 
 def test_killed_worker_raises_and_finished_runs_are_kept(tmp_path):

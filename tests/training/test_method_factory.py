@@ -13,9 +13,9 @@ from equipoise.training.run import load_run_dataset
 from helpers.runs import recipe
 
 
-def build_method(name, made=None):
-    made = made or recipe()
-    return method_factory.build_model(method_factory.parse_method(name, made), made, load_run_dataset(made, None))
+def build_method(name, result=None):
+    result = result or recipe()
+    return method_factory.build_model(method_factory.parse_method(name, result), result, load_run_dataset(result, None))
 
 
 @pytest.mark.parametrize(
@@ -79,14 +79,14 @@ def test_weights_depend_on_the_generator():
 
 
 def test_variant_training_options():
-    made = recipe()
-    made.fusions["fast"] = {"fusion": "concat", "train": {"epochs": 1, "unimodal": "none"}}
-    own = method_factory.method_recipe(method_factory.parse_method("fast", made), made)
-    assert (own.train.epochs, made.train.epochs) == (1, 3)
-    assert build_method("fast", made)[0].unimodal == "none"
-    made.fusions["fast"]["train"] = {"epoks": 1}
+    config = recipe()
+    config.fusions["fast"] = {"fusion": "concat", "train": {"epochs": 1, "unimodal": "none"}}
+    own = method_factory.method_recipe(method_factory.parse_method("fast", config), config)
+    assert (own.train.epochs, config.train.epochs) == (1, 3)
+    assert build_method("fast", config)[0].unimodal == "none"
+    config.fusions["fast"]["train"] = {"epoks": 1}
     with pytest.raises(ConfigError, match="expected a known training option, got 'epoks'"):
-        build_method("fast", made)
+        build_method("fast", config)
 
 
 def test_repeated_balancer_raises():
@@ -95,14 +95,14 @@ def test_repeated_balancer_raises():
 
 
 def test_reliability_is_a_suffix():
-    made = recipe(balancers={"reliability": {"distance": "mahalanobis", "form": "conformal", "alpha": 0.1}})
-    method = method_factory.parse_method("joint+reliability+rollingq", made)
+    config = recipe(balancers={"reliability": {"distance": "mahalanobis", "form": "conformal", "alpha": 0.1}})
+    method = method_factory.parse_method("joint+reliability+rollingq", config)
     assert method.name == "joint+rollingq+reliability"
     assert method.balancers == ("rollingq",)
-    model, balancers = build_method("joint+rollingq+reliability", made)
+    model, balancers = build_method("joint+rollingq+reliability", config)
     assert isinstance(model, eq.FusionModel)
     assert [type(balancer) for balancer in balancers] == [eq.balance.RollingQ]
-    wrapper = method_factory.wrap_reliability(model, method, made)
+    wrapper = method_factory.wrap_reliability(model, method, config)
     assert (wrapper.distance, wrapper.form, wrapper.alpha) == ("mahalanobis", "conformal", 0.1)
     with pytest.raises(
         ConfigError, match=r"'joint\+reliability': .*got distance = 'cosine'\. It has to be one of 'knn'"
@@ -113,10 +113,10 @@ def test_reliability_is_a_suffix():
 
 
 def test_constructor_errors_name_the_class():
-    made = recipe()
-    encoders = {**made.encoders, "image": {**made.encoders["image"], "heads": 3}}
+    config = recipe()
+    encoders = {**config.encoders, "image": {**config.encoders["image"], "heads": 3}}
     with pytest.raises(ConfigError, match=r"^encoder 'image', Attention: expected dim = 8 divisible by heads"):
-        build_method("joint", replace(made, encoders=encoders))
+        build_method("joint", replace(config, encoders=encoders))
 
 
 @pytest.mark.parametrize("method", ["joint", "text"])

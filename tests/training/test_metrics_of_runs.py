@@ -32,17 +32,17 @@ NAMED = {"classification": ["f1_macro", "auroc"], "multilabel": ["map"], "regres
 
 
 def tiny_recipe(task):
-    made = recipes.load_recipe("generated").with_train(epochs=1, batch_size=20)
+    config = recipes.load_recipe("generated").with_train(epochs=1, batch_size=20)
     small = {"dim": 8, "depth": 1, "heads": 1}
-    encoders = {name: {**options, **small} for name, options in made.encoders.items()}
-    return replace(made, data={**made.data, "task": task, "samples": 60}, encoders=encoders, metrics=NAMED[task])
+    encoders = {name: {**options, **small} for name, options in config.encoders.items()}
+    return replace(config, data={**config.data, "task": task, "samples": 60}, encoders=encoders, metrics=NAMED[task])
 
 
 @pytest.fixture(scope="module", params=NAMED)
 def comparison(request, tmp_path_factory):
     out = tmp_path_factory.mktemp("compared")
-    made = tiny_recipe(request.param)
-    return request.param, made, out, compare(made, ["concat", "joint"], seeds=1, out=out, workers=0)
+    config = tiny_recipe(request.param)
+    return request.param, config, out, compare(config, ["concat", "joint"], seeds=1, out=out, workers=0)
 
 
 def test_results_contain_metrics_for_clean_and_noisy_input(comparison):
@@ -50,19 +50,19 @@ def test_results_contain_metrics_for_clean_and_noisy_input(comparison):
     assert content["failures"] == []
     assert content["protocol"]["score"] == NAMED[task][0]
     for run in content["runs"]:
-        wanted = [f"{m}{c}" for m in NAMED[task] for c in ("", *(f"_noise/{name}" for name in NAMES))]
-        assert all(math.isfinite(run["metrics"][name]) for name in wanted)
+        expected = [f"{m}{c}" for m in NAMED[task] for c in ("", *(f"_noise/{name}" for name in NAMES))]
+        assert all(math.isfinite(run["metrics"][name]) for name in expected)
         assert {f"val_{name}" for name in NAMED[task]} <= set(run["metrics"])
-        for name in wanted:
+        for name in expected:
             low, high = run["intervals"][name]
             assert low <= run["metrics"][name] <= high or low == pytest.approx(high)
         assert (NAMED[task][0] in run["resamples"]) != (NAMED[task][0] in run["outcomes"])
 
 
 def test_values_match_the_predictions(comparison):
-    task, made, out, content = comparison
-    spec = RunSpec(made, "joint", 0)
-    model, source = eq.load(spec.folder(out)), load_run_dataset(made, None)
+    task, result, out, content = comparison
+    spec = RunSpec(result, "joint", 0)
+    model, source = eq.load(spec.folder(out)), load_run_dataset(result, None)
     seen = collect_test_predictions(model, source, "test")
     run = next(run for run in content["runs"] if run["method"] == "joint")
     if task == "regression":
@@ -73,7 +73,7 @@ def test_values_match_the_predictions(comparison):
         right = {}
     for name, value in right.items():
         assert run["metrics"][name] == pytest.approx(value, rel=TOL[torch.float32]["rtol"])
-    mine = evaluate_run(model, source, made, metrics={"largest": lambda scores, target: scores.max()})
+    mine = evaluate_run(model, source, result, metrics={"largest": lambda scores, target: scores.max()})
     assert mine["metrics"]["largest"] == pytest.approx(
         float((seen.logits.double() if task == "regression" else probabilities(seen.logits, task)).max())
     )
@@ -117,39 +117,39 @@ def test_one_seed_is_compared_by_the_paired_bootstrap(comparison):
     from equipoise.report.effect_sizes import effect
 
     name = NAMED[task][0]
-    found = effect(ResultsView(content), "joint", name)
+    result = effect(ResultsView(content), "joint", name)
     stored = {run["method"]: run for run in content["runs"]}
     rows = {m: unpack_outcomes(stored[m]["resamples"][name]) for m in ("joint", "concat")}
     difference = stored["joint"]["metrics"][name] - stored["concat"]["metrics"][name]
     extreme = np.abs(rows["joint"] - rows["concat"] - difference) >= abs(difference)
-    assert found.p == pytest.approx((extreme.sum() + 1) / (len(extreme) + 1), abs=0.003)
+    assert result.p == pytest.approx((extreme.sum() + 1) / (len(extreme) + 1), abs=0.003)
 
 
 def test_finished_run_is_reused(comparison):
-    _, made, out, content = comparison
-    again = compare(made, ["concat", "joint"], seeds=1, out=out, workers=0)
+    _, result, out, content = comparison
+    again = compare(result, ["concat", "joint"], seeds=1, out=out, workers=0)
     assert json.dumps(again["runs"], sort_keys=True) == json.dumps(content["runs"], sort_keys=True)
 
 
 def test_diagnosis_by_a_metric(comparison):
-    task, made, out, _ = comparison
-    model, source = eq.load(RunSpec(made, "joint", 0).folder(out)), load_run_dataset(made, None)
+    task, result, out, _ = comparison
+    model, source = eq.load(RunSpec(result, "joint", 0).folder(out)), load_run_dataset(result, None)
     loader = list(data.loader(source, "test", 64, seed=0, train=False))
     name = NAMED[task][0]
-    found = eq.diagnose(model, loader, metric=name, tests=["noise", "masking", "quag", "shapley", "corruption"])
-    assert not found.skipped
-    assert found.protocol["score"] == name
+    actual = eq.diagnose(model, loader, metric=name, tests=["noise", "masking", "quag", "shapley", "corruption"])
+    assert not actual.skipped
+    assert actual.protocol["score"] == name
     for metric in (name, f"{name}_constant", f"{name}_noise/audio", f"{name}_mask/image", "quag/all", "area/audio"):
-        assert math.isfinite(found.metrics[metric])
-    total = sum(found.metrics[f"shapley/{one}"] for one in NAMES)
-    assert total == pytest.approx(found.metrics[name] - found.metrics[f"{name}_constant"], abs=1e-5)
-    assert found.verdicts
-    assert found.details["noise"]["intervals"][f"{name}_noise/audio"]
+        assert math.isfinite(actual.metrics[metric])
+    total = sum(actual.metrics[f"shapley/{one}"] for one in NAMES)
+    assert total == pytest.approx(actual.metrics[name] - actual.metrics[f"{name}_constant"], abs=1e-5)
+    assert actual.verdicts
+    assert actual.details["noise"]["intervals"][f"{name}_noise/audio"]
 
 
 def test_the_diagnose_command_uses_the_main_metric_or_the_given_one(comparison, tmp_path):
-    task, made, out, _ = comparison
-    folder, other = RunSpec(made, "concat", 0).folder(out), {"regression": "pearson"}.get(task, "accuracy")
+    task, result, out, _ = comparison
+    folder, other = RunSpec(result, "concat", 0).folder(out), {"regression": "pearson"}.get(task, "accuracy")
     for name, more in ((NAMED[task][0], []), (other, ["--metric", other])):
         assert run_command(["diagnose", str(folder), "--tests", "noise", "--out", str(tmp_path / name), *more]) == 0
         content = json.loads((tmp_path / name / "diagnosis.json").read_text())
@@ -165,9 +165,9 @@ def test_fingerprint_without_metrics_is_unchanged():
 
 
 def test_recipes_round_trip_and_name_wrong_metrics():
-    made = replace(recipe(), metrics=["auroc"])
+    result = replace(recipe(), metrics=["auroc"])
     content = {"data": {"name": "digits"}, "encoders": {}, "metrics": ["auroc"]}
-    assert recipes.recipe_from_dict(content).metrics == made.metrics
+    assert recipes.recipe_from_dict(content).metrics == result.metrics
     with pytest.raises(
         ConfigError, match=r"recipe: metrics: expected a known metric, got 'aurok'\. Did you mean 'auroc'"
     ):

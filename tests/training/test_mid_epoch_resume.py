@@ -49,9 +49,9 @@ def test_mid_epoch_resume_is_exact(tmp_path):
 def test_sampler_skips_the_used_batches_of_one_epoch():
     sampler = ResumableBatchSampler(10, 3, seed=0, shuffle=True)
     sampler.set_epoch(1)
-    whole = [index.tolist() for _, index in sampler]
+    full = [index.tolist() for _, index in sampler]
     sampler.resume_at(1, 2)
-    assert [index.tolist() for _, index in sampler] == whole[2:]
+    assert [index.tolist() for _, index in sampler] == full[2:]
     sampler.set_epoch(2)
     assert len(list(sampler)) == 4
     assert len(sampler) == 4

@@ -14,14 +14,14 @@ from helpers.runs import recipe
 
 @pytest.mark.parametrize("name", recipes.recipe_names())
 def test_packaged_recipes_load_and_have_descriptions(name):
-    made = recipes.load_recipe(name)
-    assert recipes.load_recipe(f"{name}.yaml") == made
+    config = recipes.load_recipe(name)
+    assert recipes.load_recipe(f"{name}.yaml") == config
     assert recipes.recipe_header(recipes.find_recipe(name)).startswith(f"{name}: ")
-    assert [method_factory.parse_method(method, made).name for method in made.methods] == made.methods
+    assert [method_factory.parse_method(method, config).name for method in config.methods] == config.methods
     # This parses both sides of its references, too.
-    assert len(plan_runs(made, made.methods, 1, [])) == len(made.methods)
-    if "ensemble" in made.fusions:
-        assert made.references["ensemble+corruption"] == "concat_aux+corruption"
+    assert len(plan_runs(config, config.methods, 1, [])) == len(config.methods)
+    if "ensemble" in config.fusions:
+        assert config.references["ensemble+corruption"] == "concat_aux+corruption"
 
 
 def test_recipe_round_trip(tmp_path):
@@ -64,15 +64,15 @@ def test_values_at_the_limits(option, value):
 
 
 @pytest.mark.parametrize(
-    ("option", "value", "said"),
+    ("option", "value", "message"),
     [
         ("optimizer", "adam", "Did you mean 'adamw'"),
         ("unimodal", "probes", "Did you mean 'probe'"),
         ("precision", "bf16-mix", "Did you mean 'bf16-mixed'"),
     ],
 )
-def test_choices(option, value, said):
-    with pytest.raises(ConfigError, match=rf"train: expected a known {option}, got '{value}'\. {said}"):
+def test_choices(option, value, message):
+    with pytest.raises(ConfigError, match=rf"train: expected a known {option}, got '{value}'\. {message}"):
         TrainOptions(**{option: value})
 
 

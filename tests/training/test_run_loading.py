@@ -19,7 +19,7 @@ METHODS = ["image", "concat", "joint", "joint+rollingq", "deep+progressive", "jo
 @pytest.fixture(scope="module")
 def trained_run(tmp_path_factory):
     """method -> the folder of its run and the very model that was trained."""
-    found = {}
+    result = {}
     with pytest.MonkeyPatch.context() as patch:
         models = []
         real = experiment.save_weights
@@ -27,8 +27,8 @@ def trained_run(tmp_path_factory):
         for method in METHODS:
             folder = tmp_path_factory.mktemp("run")
             execute_run(run_spec(method, epochs=2), folder)
-            found[method] = folder, models[-1].eval()
-    return found
+            result[method] = folder, models[-1].eval()
+    return result
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -40,14 +40,14 @@ def test_loaded_model_gives_the_same_logits(method, trained_run):
     assert not any(module.training for module in loaded.modules())
     batch = load_run_dataset(recipe(), None).batch("test", torch.arange(31), seed=0, epoch=0, train=False)
     with torch.no_grad():
-        wanted = model(batch).logits
-        assert torch.equal(loaded(batch).logits, wanted)
+        expected = model(batch).logits
+        assert torch.equal(loaded(batch).logits, expected)
         if "rollingq" in method:
             rolling = loaded.fusion.attention.core.rolling
             assert int(rolling.rotations) == 1
             # The rotation is part of what is compared.
             rolling.rotation.copy_(torch.eye(rolling.rotation.shape[-1]))
-            assert not torch.equal(loaded(batch).logits, wanted)
+            assert not torch.equal(loaded(batch).logits, expected)
 
 
 def test_reliability_does_not_change_training(trained_run, tmp_path):

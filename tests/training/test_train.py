@@ -60,11 +60,11 @@ def test_skipped_rotation_warns_once_per_epoch(tmp_path):
     def one_modality(self, total, group):
         return None if int(self.epochs) else real(self, total, group)
 
-    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(record=True) as told:
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(record=True) as messages:
         warnings.simplefilter("always")
         patch.setattr(RollingQ, "_step", one_modality)
         execute_run(run_spec("joint+rollingq", balancers=still, epochs=3), tmp_path)
-    assert sum("skipped a rotation" in str(warning.message) for warning in told) == 2
+    assert sum("skipped a rotation" in str(warning.message) for warning in messages) == 2
 
 
 def test_resumed_run_does_not_restart(tmp_path):
@@ -88,15 +88,15 @@ def test_weights_depend_on_seed_and_dropout(tmp_path):
 
 def test_killed_between_the_last_epoch_and_the_evaluation(tmp_path):
     this = run_spec("joint+rollingq")
-    whole = execute_run(this, tmp_path)
+    full = execute_run(this, tmp_path)
     before = weights(tmp_path)
     (tmp_path / "run.json").unlink()
     (tmp_path / "model.safetensors").unlink()
     seen = []
     again = execute_run(this, tmp_path, progress=lambda *state: seen.append(state))
     assert seen == []
-    assert reproducible_metrics(again) == reproducible_metrics(whole)
-    assert again["keys"]["before"] == whole["keys"]["before"]
+    assert reproducible_metrics(again) == reproducible_metrics(full)
+    assert again["keys"]["before"] == full["keys"]["before"]
     assert_same_weights(before, weights(tmp_path))
 
 
@@ -160,15 +160,15 @@ def test_ctrl_c_in_training_raises_keyboard_interrupt(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"strategy": "dpp"}, "train: expected options that Lightning's Trainer takes, got .*'dpp'"),
         ({"accelerator": "abacus"}, "Trainer takes, got .*'abacus'"),
         ({"accelerator": "cpu", "devices": "two"}, "Trainer takes, got `devices` selected"),
     ],
 )
-def test_options_unsupported_by_lightning_raise(options, said, tmp_path):
-    with pytest.raises(ConfigError, match=said):
+def test_options_unsupported_by_lightning_raise(options, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
         execute_run(run_spec(), tmp_path, trainer_options=options)
 
 

@@ -78,12 +78,12 @@ def test_severity_increases_the_distance(kind, name):
     values = random_inputs(kind, shape=(61, *SHAPES[kind][1:]))
 
     def distance(severity):
-        found = corrupt_input(values, name, severity=severity, kind=kind, seed=1)
+        result = corrupt_input(values, name, severity=severity, kind=kind, seed=1)
         if name == "shift":
             # Independent values are equally far from all others; the vacated frames are 0.
-            return float((found.values == 0).double().mean())
-        changed = (found.values != values) if kind == "tokens" else (found.values - values).square()
-        gone = 0.0 if found.mask is None else float((~found.mask).float().mean())
+            return float((result.values == 0).double().mean())
+        changed = (result.values != values) if kind == "tokens" else (result.values - values).square()
+        gone = 0.0 if result.mask is None else float((~result.mask).float().mean())
         return float(changed.double().mean()) + gone
 
     distances = [distance(severity) for severity in SEVERITIES]
@@ -99,7 +99,7 @@ def test_padding_has_no_influence_and_is_kept(kind, name, severity):
         fills = (0, 0)
     else:
         fills = (0.0, math.nan)
-    found = []
+    actual = []
     for fill in fills:
         values, mask = padded(kind, fill)
         result = corrupt_input(values, name, severity=severity, kind=kind, mask=mask, seed=5)
@@ -108,19 +108,19 @@ def test_padding_has_no_influence_and_is_kept(kind, name, severity):
             rows = frames_of(result.values, kind)[~mask]
             assert bool((rows.isnan() if math.isnan(fill) else rows == 0).all())
             assert not bool((kept & ~mask).any())
-        found.append(frames_of(result.values, kind)[kept])
-    assert torch.equal(found[0], found[1])
-    assert bool(found[0].isfinite().all())
+        actual.append(frames_of(result.values, kind)[kept])
+    assert torch.equal(actual[0], actual[1])
+    assert bool(actual[0].isfinite().all())
 
 
 @pytest.mark.parametrize(("kind", "name"), EVERY)
 def test_samples_without_the_modality_are_unchanged(kind, name):
     values = random_inputs(kind)
     has = torch.tensor([True, False, True, True, False, True, True])
-    found = corrupt_input(values, name, kind=kind, mask=has, seed=2)
-    mask = has if found.mask is None else found.mask
+    result = corrupt_input(values, name, kind=kind, mask=has, seed=2)
+    mask = has if result.mask is None else result.mask
     assert not bool(mask[~has].any())
-    assert torch.equal(found.values[~has], values[~has])
+    assert torch.equal(result.values[~has], values[~has])
 
 
 def test_levels_have_five_severities_and_destructive_ones_are_marked():
@@ -129,17 +129,17 @@ def test_levels_have_five_severities_and_destructive_ones_are_marked():
         assert len(one.levels) == len(SEVERITIES)
         if one.function is None or "sequence" not in one.kinds:
             continue
-        found = corrupt_input(values, name, seed=1).values
-        r = torch.corrcoef(torch.stack([found.flatten(), values.flatten()]))[0, 1].nan_to_num(0.0)
+        result = corrupt_input(values, name, seed=1).values
+        r = torch.corrcoef(torch.stack([result.flatten(), values.flatten()]))[0, 1].nan_to_num(0.0)
         # A destroyed input does not depend on the original one.
         assert (abs(float(r)) < 0.05) or not one.destroys, name
 
 
 def test_noise_has_the_given_statistics():
     values = random_inputs("sequence", shape=(31, 101, 3))
-    found = corrupt_input(values, "white_noise", statistics=(7.0, 2.0)).values
-    assert float(found.mean()) == pytest.approx(7.0, abs=0.1)
-    assert float(found.std()) == pytest.approx(2.0, abs=0.1)
+    result = corrupt_input(values, "white_noise", statistics=(7.0, 2.0)).values
+    assert float(result.mean()) == pytest.approx(7.0, abs=0.1)
+    assert float(result.std()) == pytest.approx(2.0, abs=0.1)
     scale = torch.arange(1, 32)[:, None, None]
     own = corrupt_input(scale * values, "own_noise", statistics=(7.0, 2.0)).values
     assert torch.allclose(own.std(dim=(1, 2)) / scale.flatten(), torch.ones(31), atol=0.15)
@@ -192,8 +192,8 @@ def test_hand_computed_corruptions():
 
 def test_spectrograms_are_logarithmic():
     values = random_inputs("spectrogram")
-    found = corrupt_input(values, "gain", kind="spectrogram", severity=2, statistics=(0.0, 3.0)).values
-    assert torch.allclose(found - values, torch.full_like(values, 3 * math.log(2)), **TOL[torch.float32])
+    result = corrupt_input(values, "gain", kind="spectrogram", severity=2, statistics=(0.0, 3.0)).values
+    assert torch.allclose(result - values, torch.full_like(values, 3 * math.log(2)), **TOL[torch.float32])
 
 
 def test_vector_offsets_are_equal_in_all_samples():
@@ -205,9 +205,9 @@ def test_vector_offsets_are_equal_in_all_samples():
 
 def test_shuffled_and_dropped_frames():
     values = torch.arange(40.0)[None, :, None].expand(7, -1, 2)
-    found = corrupt_input(values, "shuffled", severity=5).values
-    assert torch.equal(found.sort(dim=1).values, values)
-    assert not torch.equal(found[0], found[1])
+    result = corrupt_input(values, "shuffled", severity=5).values
+    assert torch.equal(result.sort(dim=1).values, values)
+    assert not torch.equal(result[0], result[1])
     some = corrupt_input(values, "shuffled", severity=1).values
     assert int((some[..., 0] != values[..., 0]).sum(dim=1).max()) <= 8
     lost = corrupt_input(values + 1, "dropped", severity=3).values == 0
@@ -219,12 +219,12 @@ def test_shuffled_and_dropped_frames():
 def test_swapped_samples_have_input_and_mask_of_another_sample():
     values, mask = padded("sequence", 0.0)
     values[..., 0] = torch.where(mask, torch.arange(7.0)[:, None], values[..., 0])
-    found = corrupt_input(values, "swapped", mask=mask, seed=4)
+    result = corrupt_input(values, "swapped", mask=mask, seed=4)
     present = [sample for sample in range(7) if mask[sample].any()]
-    sources = [int(found.values[sample, 0, 0]) for sample in present]
+    sources = [int(result.values[sample, 0, 0]) for sample in present]
     assert sorted(sources) == present
     assert all(source != sample for source, sample in zip(sources, present, strict=True))
-    assert torch.equal(found.mask[present], mask[sources])
+    assert torch.equal(result.mask[present], mask[sources])
     single = corrupt_input(values[:1], "swapped")
     assert torch.equal(single.values, values[:1])
 
@@ -235,16 +235,16 @@ def test_missing_samples_are_masked():
     some = corrupt_input(torch.ones(400, 2, 3), "missing", severity=2).mask
     assert 0.3 < float((~some).float().mean()) < 0.5
     batch = {"audio": values, "image": values, "mask": {"audio": mask}, "target": torch.zeros(7)}
-    found = corrupt_batch(batch, "image", "missing")
-    assert found["mask"]["audio"] is mask
-    assert not bool(found["mask"]["image"].any())
+    result = corrupt_batch(batch, "image", "missing")
+    assert result["mask"]["audio"] is mask
+    assert not bool(result["mask"]["image"].any())
     assert "image" not in batch["mask"]
 
 
 def test_dropped_and_replaced_tokens():
     ids = torch.tensor([[5, 6, 7, 0], [8, 9, 0, 0]])
-    found = corrupt_input(ids, "dropped", severity=5, mask=ids > 0)
-    assert torch.equal(found.mask, found.values > 0)
+    result = corrupt_input(ids, "dropped", severity=5, mask=ids > 0)
+    assert torch.equal(result.mask, result.values > 0)
     other = corrupt_input(ids, "replaced")
     assert torch.equal(other.values > 0, ids > 0)
     assert set(other.values[other.values > 0].tolist()) <= {5, 6, 7, 8, 9}
@@ -263,10 +263,10 @@ def test_kinds_are_inferred_from_shapes():
 @pytest.mark.parametrize("name", corruption_names("sequence"))
 def test_dtype_is_kept(name, dtype):
     values, mask = padded("sequence", 0.0)
-    found = corrupt_input(values.to(dtype), name, mask=mask, seed=1)
+    result = corrupt_input(values.to(dtype), name, mask=mask, seed=1)
     exact = corrupt_input(values.to(dtype).double(), name, mask=mask, seed=1)
-    assert found.values.dtype == dtype
-    assert torch.allclose(found.values.double(), exact.values, rtol=0.05, atol=0.1)
+    assert result.values.dtype == dtype
+    assert torch.allclose(result.values.double(), exact.values, rtol=0.05, atol=0.1)
 
 
 @pytest.mark.parametrize("name", corruption_names())

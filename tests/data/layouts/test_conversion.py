@@ -22,11 +22,11 @@ def noise(length, seed=0):
 
 def test_stft_matches_torch():
     sound = noise(66_150)
-    found = torch.stft(
+    result = torch.stft(
         torch.from_numpy(sound).double(), 512, 353, window=torch.hann_window(512).double(), center=True,
         pad_mode="constant", return_complex=True,
     ).abs()  # fmt: skip
-    np.testing.assert_allclose(spectra.stft_188(sound), (found + 1e-7).log().T.numpy(), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(spectra.stft_188(sound), (result + 1e-7).log().T.numpy(), rtol=1e-4, atol=1e-4)
 
 
 def test_short_sounds_are_repeated():
@@ -46,18 +46,18 @@ def test_filter_banks_match_kaldi():
     extractor = transformers.ASTFeatureExtractor(do_normalize=False, max_length=98, num_mel_bins=128)
     sound = noise(16_000)
     expected = extractor(sound, sampling_rate=16_000, return_tensors="np")["input_values"][0]
-    found = spectra.kaldi_fbank(sound)
-    assert found.shape == expected.shape == (98, 128)
+    result = spectra.kaldi_fbank(sound)
+    assert result.shape == expected.shape == (98, 128)
     # Some of the narrowest bands contain no frequency of the transform; both floor them.
-    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(result, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_frames_are_taken_from_segment_centers():
     for available in range(1, 40):
-        for wanted in range(1, 5):
-            segment = available // wanted
-            expected = [min(max(i * segment + max(segment // 2, 1), 1), available) - 1 for i in range(wanted)]
-            assert middle_frames(available, wanted) == expected
+        for reference in range(1, 5):
+            segment = available // reference
+            expected = [min(max(i * segment + max(segment // 2, 1), 1), available) - 1 for i in range(reference)]
+            assert middle_frames(available, reference) == expected
 
 
 def test_frames_of_kinetics_sounds():
@@ -89,9 +89,9 @@ def test_frames_keep_color_and_order(tmp_path):
 def test_classes_of_sentiment(task, expected):
     scores = (-3.0, -1.6, -0.5, -0.1, 0.0, 0.1, 0.5, 0.9, 2.6)
     names, of_score = TASKS[task]
-    found = [of_score(score) for score in scores]
-    assert found == expected
-    assert len(names) > max(value for value in found if value is not None)
+    result = [of_score(score) for score in scores]
+    assert result == expected
+    assert len(names) > max(value for value in result if value is not None)
 
 
 def test_halves_are_rounded_to_even():
@@ -111,33 +111,33 @@ def samples(classes=3, groups=7, each=5):
 
 
 def test_validation_is_stratified_and_does_not_depend_on_the_order():
-    made = hold_out_validation(samples())
-    chosen = {sample.id for sample in made if sample.split == "val"}
+    result = hold_out_validation(samples())
+    chosen = {sample.id for sample in result if sample.split == "val"}
     assert [sum(name.startswith(f"{c}-") for name in chosen) for c in range(3)] == [4, 4, 4]
     again = hold_out_validation(samples()[::-1])
     assert {sample.id for sample in again if sample.split == "val"} == chosen
 
 
 def test_validation_by_group_is_disjoint():
-    made = hold_out_validation(samples(), by_group=True)
-    groups = {split: {sample.group for sample in made if sample.split == split} for split in ("train", "val")}
+    result = hold_out_validation(samples(), by_group=True)
+    groups = {split: {sample.group for sample in result if sample.split == split} for split in ("train", "val")}
     assert groups["val"]
     assert not groups["train"] & groups["val"]
 
 
 def test_test_split_is_unchanged():
-    made = hold_out_validation([RawSample(str(i), "test", 0, "g") for i in range(9)])
-    assert {sample.split for sample in made} == {"test"}
+    result = hold_out_validation([RawSample(str(i), "test", 0, "g") for i in range(9)])
+    assert {sample.split for sample in result} == {"test"}
 
 
 @pytest.mark.parametrize("groups", [3, 4, 10, 91])
 def test_disjoint_groups_fill_all_splits(groups):
-    made = split_by_group(samples(groups=groups), "data")
-    found = {split: {sample.group for sample in made if sample.split == split} for split in ("train", "val", "test")}
-    assert all(found.values())
-    assert sum(map(len, found.values())) == groups
+    result = split_by_group(samples(groups=groups), "data")
+    actual = {split: {sample.group for sample in result if sample.split == split} for split in ("train", "val", "test")}
+    assert all(actual.values())
+    assert sum(map(len, actual.values())) == groups
     if groups > 9:
-        part = len([sample for sample in made if sample.split == "test"]) / len(made)
+        part = len([sample for sample in result if sample.split == "test"]) / len(result)
         assert part == pytest.approx(0.2, abs=0.06)
 
 

@@ -41,17 +41,17 @@ def write_small_recipe(name, manifest, path):
 @pytest.fixture(scope="module")
 def manifests(tmp_path_factory):
     """Layout -> the manifest of its prepared miniature copy."""
-    made = {}
+    result = {}
 
     def get(layout):
-        if layout not in made:
-            place = tmp_path_factory.mktemp(layout)
+        if layout not in result:
+            index = tmp_path_factory.mktemp(layout)
             size = {} if layout in ("mosei", "mosi", "av_mnist") else {"size": 16}
             unknown = {"ood": "far"} if layout == "hmdb51" else {}
-            prepare_raw(layout, place / "raw", place / "prepared", **size, **unknown)
-            assert verify(place / "prepared").complete
-            made[layout] = place / "prepared" / "manifest.csv"
-        return made[layout]
+            prepare_raw(layout, index / "raw", index / "prepared", **size, **unknown)
+            assert verify(index / "prepared").complete
+            result[layout] = index / "prepared" / "manifest.csv"
+        return result[layout]
 
     return get
 
@@ -72,12 +72,12 @@ def test_prepare_train_and_diagnose(manifests, tmp_path, monkeypatch, capsys, na
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipe_methods_fit_the_data(manifests, tmp_path, name):
-    made = recipes.load_recipe(write_small_recipe(name, manifests(RECIPES[name]), tmp_path / "small.yaml")).with_train(
-        epochs=2
-    )
-    data = load_run_dataset(made, None)
-    for method in [*made.methods, *made.fusions]:
-        built, _ = method_factory.build_model(method_factory.parse_method(method, made), made, data)
+    config = recipes.load_recipe(
+        write_small_recipe(name, manifests(RECIPES[name]), tmp_path / "small.yaml")
+    ).with_train(epochs=2)
+    data = load_run_dataset(config, None)
+    for method in [*config.methods, *config.fusions]:
+        built, _ = method_factory.build_model(method_factory.parse_method(method, config), config, data)
         assert built.num_outputs == data.num_outputs
 
 
@@ -97,17 +97,17 @@ def test_unknown_classes_are_the_near_ood_split(manifests, tmp_path):
 
 def test_unknown_samples_need_the_same_columns(manifests, tmp_path):
     (tmp_path / "ood.csv").write_text("rgb,label\nx.npy,3\n")
-    made = recipes.load_recipe(write_small_recipe("hmdb51", manifests("hmdb51"), tmp_path / "small.yaml"))
-    made.data["ood"] = str(tmp_path / "ood.csv")
+    config = recipes.load_recipe(write_small_recipe("hmdb51", manifests("hmdb51"), tmp_path / "small.yaml"))
+    config.data["ood"] = str(tmp_path / "ood.csv")
     with pytest.raises(DataError, match=r"ood.csv': expected a column 'flow', as in the training data, got none"):
-        load_run_dataset(made, None)
-    made.data["ood"] = str(tmp_path / "none.csv")
+        load_run_dataset(config, None)
+    config.data["ood"] = str(tmp_path / "none.csv")
     with pytest.raises(DataError, match=r"none.csv': expected an existing file"):
-        load_run_dataset(made, None)
+        load_run_dataset(config, None)
 
 
 def test_columns_are_inferred_without_target_leakage(manifests):
     options = {"target": "target", "group": "group"}
     for layout in ("cremad", "mosei"):
-        found = Manifest(manifests(layout), **options)
-        assert set(found.modalities) == set(find_layout(layout).columns)
+        result = Manifest(manifests(layout), **options)
+        assert set(result.modalities) == set(find_layout(layout).columns)

@@ -41,13 +41,13 @@ def snapshot(folder):
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     """name -> (raw folder, prepared folder, result), made once."""
-    made = {}
+    result = {}
 
     def get(name):
-        if name not in made:
-            place = tmp_path_factory.mktemp(name)
-            made[name] = (place / "raw", place / "out", prepare_raw(name, place / "raw", place / "out"))
-        return made[name]
+        if name not in result:
+            index = tmp_path_factory.mktemp(name)
+            result[name] = (index / "raw", index / "out", prepare_raw(name, index / "raw", index / "out"))
+        return result[name]
 
     return get
 
@@ -58,17 +58,17 @@ def test_all_layouts_have_a_raw_copy():
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_manifest_and_arrays(prepared, name):
-    _, out, made = prepared(name)
-    found = rows(out)
-    assert made.report["samples"] == SAMPLES[name]
-    assert {split: sum(row["split"] == split for row in found) for split in SAMPLES[name]} == SAMPLES[name]
-    assert len({row["id"] for row in found}) == len(found)
-    assert made.report["dropped"] == 0
+    _, out, result = prepared(name)
+    actual = rows(out)
+    assert result.report["samples"] == SAMPLES[name]
+    assert {split: sum(row["split"] == split for row in actual) for split in SAMPLES[name]} == SAMPLES[name]
+    assert len({row["id"] for row in actual}) == len(actual)
+    assert result.report["dropped"] == 0
     for column, shape in SHAPES[name].items():
-        values = np.load(out / found[0][column])
+        values = np.load(out / actual[0][column])
         assert values.shape == shape
         assert np.isfinite(values).all()
-    assert all((out / row[column]).is_file() for row in found for column in SHAPES[name])
+    assert all((out / row[column]).is_file() for row in actual for column in SHAPES[name])
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -94,7 +94,7 @@ def test_second_prepare_is_a_no_op(prepared, name):
 @pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "av_mnist"])
 def test_disjoint_groups(prepared, name, tmp_path):
     raw, _, _ = prepared(name)
-    made = prepare_raw(name, raw, tmp_path / "disjoint", split="disjoint")
+    result = prepare_raw(name, raw, tmp_path / "disjoint", split="disjoint")
     groups = {}
     for row in rows(tmp_path / "disjoint"):
         groups.setdefault(row["split"], set()).add(row["group"])
@@ -102,7 +102,7 @@ def test_disjoint_groups(prepared, name, tmp_path):
     assert not groups["train"] & groups["val"]
     assert not groups["train"] & groups["test"]
     assert not groups["val"] & groups["test"]
-    assert made.report["groups"]["shared_by_train_and_test"] == 0
+    assert result.report["groups"]["shared_by_train_and_test"] == 0
 
 
 def test_published_cremad_split_shares_actors(tmp_path):
@@ -112,12 +112,12 @@ def test_published_cremad_split_shares_actors(tmp_path):
     # One clip of each of four actors is for the test.
     test.write_text("\n".join(lines[0:8:2]))
     train.write_text("\n".join(lines[1:8:2] + lines[8:]))
-    made = prepare_raw("cremad", tmp_path / "raw", tmp_path / "out")
+    result = prepare_raw("cremad", tmp_path / "raw", tmp_path / "out")
     actors = {
         split: {row["group"] for row in rows(tmp_path / "out") if row["split"] == split} for split in ("train", "test")
     }
     assert 1 <= len(actors["train"] & actors["test"]) <= 4
-    assert made.report["groups"]["shared_by_train_and_test"] == len(actors["train"] & actors["test"])
+    assert result.report["groups"]["shared_by_train_and_test"] == len(actors["train"] & actors["test"])
 
 
 def test_interrupted_and_resumed_equals_uninterrupted(prepared, tmp_path):
@@ -245,8 +245,8 @@ def test_report_is_complete(prepared):
 )
 def test_kinds_of_columns_follow_the_options(prepared, tmp_path, options, kinds):
     raw, _, _ = prepared("cremad")
-    made = prepare_raw("cremad", raw, tmp_path / "out", **options)
-    assert made.report["columns"] == kinds
+    result = prepare_raw("cremad", raw, tmp_path / "out", **options)
+    assert result.report["columns"] == kinds
     shape = np.load(tmp_path / "out" / rows(tmp_path / "out")[0]["image"]).shape
     assert shape == ((2, 8, 8, 3) if "frames" in options else (8, 8, 3))
 
@@ -258,7 +258,7 @@ def test_changed_options_require_another_folder(prepared):
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"options": {"frame": 3}}, "a known option, got '--frame'. Did you mean '--frames'"),
         ({"options": {"audio": "mfcc"}}, "a known value of --audio, got 'mfcc'"),
@@ -269,9 +269,9 @@ def test_changed_options_require_another_folder(prepared):
         ({"workers": 0}, "--workers from 1 to 256, got 0"),
     ],
 )
-def test_invalid_options_raise(prepared, tmp_path, options, said):
+def test_invalid_options_raise(prepared, tmp_path, options, message):
     raw, _, _ = prepared("cremad")
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=message):
         prepare(find_layout("cremad"), raw, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
 
@@ -297,15 +297,15 @@ def test_paths_outside_the_folder_raise(prepared, tmp_path):
     moved = tmp_path / "raw"
     shutil.copytree(raw, moved)
     (moved / "AudioWAV").rename(tmp_path / "sounds")
-    made = prepare_raw("cremad", moved, tmp_path / "out", paths={"audio": str(tmp_path / "sounds")})
-    assert made.report["samples"] == SAMPLES["cremad"]
+    result = prepare_raw("cremad", moved, tmp_path / "out", paths={"audio": str(tmp_path / "sounds")})
+    assert result.report["samples"] == SAMPLES["cremad"]
 
 
 def test_ood_classes_have_a_separate_manifest(prepared, tmp_path):
     raw, _, _ = prepared("hmdb51")
-    made = prepare_raw("hmdb51", raw, tmp_path / "out", ood="far")
+    result = prepare_raw("hmdb51", raw, tmp_path / "out", ood="far")
     # MultiOOD does not count chew among the classes that UCF-101 lacks.
-    assert made.report["classes"] == ["brush_hair", "wave"]
+    assert result.report["classes"] == ["brush_hair", "wave"]
     assert {row["label"] for row in rows(tmp_path / "out", "ood.csv")} == {"chew"}
     assert {row["target"] for row in rows(tmp_path / "out")} == {"0", "1"}
     assert verify(tmp_path / "out").complete

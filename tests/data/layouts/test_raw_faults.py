@@ -138,11 +138,11 @@ ENDS = {
 
 @pytest.mark.parametrize("fault", ENDS)
 def test_fatal_faults_raise(tmp_path, monkeypatch, fault):
-    layout, harm, said = ENDS[fault]
+    layout, harm, message = ENDS[fault]
     raw = make_raw(layout, tmp_path / "raw")
     harm(raw)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(DataError, match=said):
+    with pytest.raises(DataError, match=message):
         prepare_raw(layout, raw, tmp_path / "out")
     assert not (tmp_path / "ran").exists()
     assert not (tmp_path / "out" / "manifest.csv").exists()
@@ -215,17 +215,17 @@ DROPS = {
 
 @pytest.mark.parametrize("fault", DROPS)
 def test_damaged_samples_are_dropped(tmp_path, fault):
-    layout, pattern, harm, said = DROPS[fault]
+    layout, pattern, harm, message = DROPS[fault]
     raw = make_raw(layout, tmp_path / "raw")
     if fault == "short wav":
         import soundfile
 
         soundfile.write(raw / "audio" / "s.wave", np.ones(10), 16_000, format="WAV")
     harm(first(raw, pattern))
-    made = prepare_raw(layout, raw, tmp_path / "out")
-    assert made.report["dropped"] == 1
-    (reason,) = made.report["dropped_samples"].values()
-    assert re.search(said, reason), reason
+    result = prepare_raw(layout, raw, tmp_path / "out")
+    assert result.report["dropped"] == 1
+    (reason,) = result.report["dropped_samples"].values()
+    assert re.search(message, reason), reason
     assert verify(tmp_path / "out").complete
 
 
@@ -246,35 +246,35 @@ def test_non_finite_mosei_values(tmp_path):
         return values
 
     make_mosei(tmp_path / "raw", audio=broken)
-    made = prepare_raw("mosei", tmp_path / "raw", tmp_path / "out")
+    result = prepare_raw("mosei", tmp_path / "raw", tmp_path / "out")
     # Minus infinity becomes 0, NaN drops the sample, and zeros everywhere are a missing modality.
-    assert made.report["missing"] == {"audio": 1}
-    assert list(made.report["dropped_reasons"].items()) == [("audio of ...: expected finite values, got NaN", 1)]
+    assert result.report["missing"] == {"audio": 1}
+    assert list(result.report["dropped_reasons"].items()) == [("audio of ...: expected finite values, got NaN", 1)]
     values = np.load(tmp_path / "out" / next((tmp_path / "out" / "audio").glob("*/video0_0.0_0.npy")))
     assert values[1, 1] == 0
 
 
 def test_texts_without_words_are_dropped(tmp_path):
     make_mosei(tmp_path / "raw", text=lambda values: np.where(np.arange(len(values))[:, None, None] < 2, 0, values))
-    made = prepare_raw("mosei", tmp_path / "raw", tmp_path / "out")
-    assert made.report["dropped_reasons"] == {"text of ...: expected words, got zeros everywhere": 2}
+    result = prepare_raw("mosei", tmp_path / "raw", tmp_path / "out")
+    assert result.report["dropped_reasons"] == {"text of ...: expected words, got zeros everywhere": 2}
 
 
 def test_repeated_ids_of_mosei(tmp_path):
     make_mosei(tmp_path / "raw", id=lambda ids: np.concatenate([ids[:1], ids[:-1]]))
-    made = prepare_raw("mosei", tmp_path / "raw", tmp_path / "out")
-    assert made.report["notes"] == ["1 rows repeat an id and were left out."]
-    assert made.report["samples"]["train"] == 11
+    result = prepare_raw("mosei", tmp_path / "raw", tmp_path / "out")
+    assert result.report["notes"] == ["1 rows repeat an id and were left out."]
+    assert result.report["samples"]["train"] == 11
 
 
 def test_conflicting_emotion_labels(tmp_path):
     raw = make_raw("cremad", tmp_path / "raw")
     edit(raw / "train.csv", "NEU_XX,NEU", "NEU_XX,SAD", encoding="utf-8-sig")
     edit(raw / "train.csv", "1002_DFA_HAP_XX,HAP", "1002-DFA,HAP", encoding="utf-8-sig")
-    made = prepare_raw("cremad", raw, tmp_path / "out")
-    assert made.report["dropped"] == 2
-    assert any("the emotion in the name" in reason for reason in made.report["dropped_reasons"])
-    assert any("actor_sentence_EMOTION_level" in reason for reason in made.report["dropped_reasons"])
+    result = prepare_raw("cremad", raw, tmp_path / "out")
+    assert result.report["dropped"] == 2
+    assert any("the emotion in the name" in reason for reason in result.report["dropped_reasons"])
+    assert any("actor_sentence_EMOTION_level" in reason for reason in result.report["dropped_reasons"])
 
 
 def test_tensor_files_cannot_execute_code(tmp_path):
@@ -287,9 +287,9 @@ def test_tensor_files_cannot_execute_code(tmp_path):
     torch.save({"a": Evil()}, paths[0].with_suffix(".pt"))
     torch.save(torch.ones(5, 3, dtype=torch.long), paths[1].with_suffix(".pt"))
     truncate(paths[2].with_suffix(".pt"))
-    made = prepare_raw("cremad", raw, tmp_path / "out")
-    assert made.report["dropped"] == 3
-    assert sorted(made.report["dropped_reasons"].values()) == [1, 2]
+    result = prepare_raw("cremad", raw, tmp_path / "out")
+    assert result.report["dropped"] == 3
+    assert sorted(result.report["dropped_reasons"].values()) == [1, 2]
     assert not os.path.exists("ran")
 
 

@@ -121,15 +121,15 @@ def test_damaged_bytes_raise_data_errors_only(tmp_path):
     rng = np.random.default_rng(0)
     for _ in range(500):
         damaged = bytearray(content)
-        for place in rng.integers(0, len(content), 2):
-            damaged[place] = rng.integers(0, 256)
+        for index in rng.integers(0, len(content), 2):
+            damaged[index] = rng.integers(0, 256)
         (tmp_path / "a.pkl").write_bytes(damaged)
         with contextlib.suppress(DataError):
             load_restricted_pickle(tmp_path / "a.pkl")
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         (b"", "got an empty file"),
         (b"version https://git-lfs.github.com/spec/v1\noid", "got a pointer of Git LFS"),
@@ -137,9 +137,9 @@ def test_damaged_bytes_raise_data_errors_only(tmp_path):
         (b"<html>not found</html>", "got (a damaged file|invalid load key|.*)"),
     ],
 )
-def test_other_files(tmp_path, content, said):
+def test_other_files(tmp_path, content, message):
     (tmp_path / "a.pkl").write_bytes(content)
-    with pytest.raises(DataError, match=said):
+    with pytest.raises(DataError, match=message):
         load_restricted_pickle(tmp_path / "a.pkl")
 
 
