@@ -27,17 +27,17 @@ def doubles(*values):
 
 
 def build(names=("audio", "image"), *, fusion=None, seed=0, unimodal="train", dtype=torch.float64, **options):
-    made = attention_model(names, fusion=fusion, seed=seed, unimodal=unimodal, dtype=dtype)
-    balancer = eq.balance.Greedy(made, **options)
-    return made, balancer, eq.BalancerList(made, [balancer])
+    model = attention_model(names, fusion=fusion, seed=seed, unimodal=unimodal, dtype=dtype)
+    balancer = eq.balance.Greedy(model, **options)
+    return model, balancer, eq.BalancerList(model, [balancer])
 
 
-def expected_gates(made, inputs):
+def expected_gates(model, inputs):
     """(batch, modality, dim) by the formula, from the parameters alone."""
-    gate = made.fusion.gate
-    pooled = torch.cat([tokens.pooled() for tokens in made.encode(inputs).values()], dim=1)
+    gate = model.fusion.gate
+    pooled = torch.cat([tokens.pooled() for tokens in model.encode(inputs).values()], dim=1)
     squeezed = torch.clamp(pooled @ gate.squeeze.weight.T + gate.squeeze.bias, min=0)
-    parts = [gate.excite[name] for name in made.names]
+    parts = [gate.excite[name] for name in model.names]
     return torch.stack([2 / (1 + torch.exp(-(squeezed @ e.weight.T + e.bias))) for e in parts], dim=1).detach()
 
 
@@ -59,8 +59,8 @@ def test_speed_difference_of_two_modalities():
 @given(speeds)
 def test_speed_difference_equals_the_oracle(pairs):
     main, bypass = torch.tensor(pairs, dtype=torch.float64).T
-    for found, expected in zip(bypass_lead(main, bypass), slow_lead(pairs), strict=True):
-        assert found.tolist() == pytest.approx(expected, rel=1e-9, abs=1e-9)
+    for result, expected in zip(bypass_lead(main, bypass), slow_lead(pairs), strict=True):
+        assert result.tolist() == pytest.approx(expected, rel=1e-9, abs=1e-9)
 
 
 def test_zero_speeds_give_zero_difference():
@@ -71,28 +71,28 @@ def test_zero_speeds_give_zero_difference():
 @pytest.mark.parametrize("number", [2, 3])
 def test_token_gates_depend_on_all_modalities(number):
     names = NAMES[:number]
-    made, _, _ = build(names)
+    model, _, _ = build(names)
     inputs = batch(names, missing=("audio",))
-    encoded, factors = made.encode(inputs), expected_gates(made, inputs)
+    encoded, factors = model.encode(inputs), expected_gates(model, inputs)
     changed = {
-        name: eq.Tokens(tokens.values * factors[:, place, None], mask=tokens.mask)
-        for place, (name, tokens) in enumerate(encoded.items())
+        name: eq.Tokens(tokens.values * factors[:, index, None], mask=tokens.mask)
+        for index, (name, tokens) in enumerate(encoded.items())
     }
-    expected = made.fusion.inner(changed).features
-    found = made.eval()(inputs)
-    torch.testing.assert_close(found.features, expected, **EXACT)
-    torch.testing.assert_close(found.tokens["image"].values, encoded["image"].values, **EXACT)
+    expected = model.fusion.inner(changed).features
+    result = model.eval()(inputs)
+    torch.testing.assert_close(result.features, expected, **EXACT)
+    torch.testing.assert_close(result.tokens["image"].values, encoded["image"].values, **EXACT)
 
 
 def test_speeds_add_up_over_steps():
-    made, balancer, balancing = build(threshold=math.inf)
+    model, balancer, balancing = build(threshold=math.inf)
     expected = {"main": [0.0, 0.0], "bypass": [0.0, 0.0]}
     for seed in range(3):
-        step(made, balancing, batch(seed=seed))
-        for kind, modules in (("main", made.encoders), ("bypass", made.fusion.gate.excite)):
-            for place, name in enumerate(made.names):
+        step(model, balancing, batch(seed=seed))
+        for kind, modules in (("main", model.encoders), ("bypass", model.fusion.gate.excite)):
+            for index, name in enumerate(model.names):
                 group = list(modules[name].parameters())
-                expected[kind][place] += slow_speed([flatten(p.grad) for p in group], [flatten(p) for p in group])
+                expected[kind][index] += slow_speed([flatten(p.grad) for p in group], [flatten(p) for p in group])
     assert balancer.main.tolist() == pytest.approx(expected["main"], rel=1e-10)
     assert balancer.bypass.tolist() == pytest.approx(expected["bypass"], rel=1e-10)
     rates, _ = slow_lead(list(zip(expected["main"], expected["bypass"], strict=True)))
@@ -102,12 +102,12 @@ def test_speeds_add_up_over_steps():
 
 
 def test_leading_gate_is_frozen_for_the_window_then_released():
-    made, balancer, balancing = build(window=3, threshold=0.0)
+    model, balancer, balancing = build(window=3, threshold=0.0)
     balancer.bypass.copy_(doubles(0, 1e6))
     held = []
     for seed in range(9):
-        step(made, balancing, batch(seed=seed))
-        held.append(made.fusion.gate.held.tolist())
+        step(model, balancing, batch(seed=seed))
+        held.append(model.fusion.gate.held.tolist())
     image, none = [False, True], [False, False]
     assert held == [image, image, image, none, image, image, image, none, image]
     assert balancer.end_epoch()["held/image"] == 6.0
@@ -115,60 +115,60 @@ def test_leading_gate_is_frozen_for_the_window_then_released():
 
 
 def test_small_difference_freezes_no_gate():
-    made, balancer, balancing = build(threshold=50.0)
+    model, balancer, balancing = build(threshold=50.0)
     balancer.bypass.copy_(doubles(0, 1e6))
-    step(made, balancing, batch())
-    assert not bool(made.fusion.gate.held.any())
+    step(model, balancing, batch())
+    assert not bool(model.fusion.gate.held.any())
 
 
 def test_frozen_gate_is_its_detached_running_mean():
-    made, balancer, balancing = build(threshold=0.0)
+    model, balancer, balancing = build(threshold=0.0)
     balancer.bypass.copy_(doubles(1e6, 0))
     seen = [batch(seed=1, size=5), batch(seed=2, size=3, missing=("audio",))]
     for inputs in seen:
-        step(made, balancing, inputs)
+        step(model, balancing, inputs)
     here = seen[1]["mask"]["audio"]
-    audio = torch.cat([expected_gates(made, seen[0])[:, 0], expected_gates(made, seen[1])[here, 0]])
-    torch.testing.assert_close(made.fusion.gate.mean[0], audio.mean(dim=0), **EXACT)
+    audio = torch.cat([expected_gates(model, seen[0])[:, 0], expected_gates(model, seen[1])[here, 0]])
+    torch.testing.assert_close(model.fusion.gate.mean[0], audio.mean(dim=0), **EXACT)
     inputs = batch(seed=3)
-    mean, factors, encoded = made.fusion.gate.mean[0].clone(), expected_gates(made, inputs), made.encode(inputs)
-    output = made.train()(inputs)
+    mean, factors, encoded = model.fusion.gate.mean[0].clone(), expected_gates(model, inputs), model.encode(inputs)
+    output = model.train()(inputs)
     values = {"audio": encoded["audio"].values * mean, "image": encoded["image"].values * factors[:, 1, None]}
-    expected = made.fusion.inner({name: eq.Tokens(value) for name, value in values.items()}).features
+    expected = model.fusion.inner({name: eq.Tokens(value) for name, value in values.items()}).features
     torch.testing.assert_close(output.features, expected, **EXACT)
-    found = step(made, balancing, inputs)
-    assert float(found["fusion.gate.excite.audio.weight"].abs().max()) == 0.0
-    assert float(found["fusion.gate.excite.image.weight"].abs().max()) > 0.0
+    result = step(model, balancing, inputs)
+    assert float(result["fusion.gate.excite.audio.weight"].abs().max()) == 0.0
+    assert float(result["fusion.gate.excite.image.weight"].abs().max()) > 0.0
     # Evaluation always uses the gates as they are.
-    live = made.fusion.inner({n: eq.Tokens(encoded[n].values * factors[:, m, None]) for m, n in enumerate(encoded)})
-    torch.testing.assert_close(made.eval()(inputs).features, live.features, **EXACT)
+    live = model.fusion.inner({n: eq.Tokens(encoded[n].values * factors[:, m, None]) for m, n in enumerate(encoded)})
+    torch.testing.assert_close(model.eval()(inputs).features, live.features, **EXACT)
 
 
 def test_accumulated_batches_equal_one_large_batch():
-    whole, found = batch(size=12), []
+    full, result = batch(size=12), []
     for sizes in ((12,), (5, 4, 3)):
-        made, balancer, balancing = build()
-        step(made, balancing, *split_batch(whole, *sizes))
-        found.append([balancer.main, balancer.bypass, made.fusion.gate.mean])
-    for one, other in zip(*found, strict=True):
+        model, balancer, balancing = build()
+        step(model, balancing, *split_batch(full, *sizes))
+        result.append([balancer.main, balancer.bypass, model.fusion.gate.mean])
+    for one, other in zip(*result, strict=True):
         torch.testing.assert_close(one, other, **EXACT)
 
 
 def test_resumed_training_equals_uninterrupted_training():
-    made, balancer, balancing = build(window=2)
-    optimizer = torch.optim.SGD(made.parameters(), lr=0.1)
+    model, balancer, balancing = build(window=2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 
-    def train(made, balancing, optimizer, seeds):
+    def train(model, balancing, optimizer, seeds):
         for seed in seeds:
-            step(made, balancing, batch(seed=seed))
+            step(model, balancing, batch(seed=seed))
             optimizer.step()
-        return balancing.end_epoch(), made.state_dict()
+        return balancing.end_epoch(), model.state_dict()
 
-    train(made, balancing, optimizer, range(2))
+    train(model, balancing, optimizer, range(2))
     fresh, other, rebalancing = build(window=2, seed=9)
-    for part, state in ((fresh, made.state_dict()), (other, balancer.state_dict())):
+    for part, state in ((fresh, model.state_dict()), (other, balancer.state_dict())):
         part.load_state_dict(copy.deepcopy(state))
-    straight = train(made, balancing, optimizer, range(2, 5))
+    straight = train(model, balancing, optimizer, range(2, 5))
     resumed = train(fresh, rebalancing, torch.optim.SGD(fresh.parameters(), lr=0.1), range(2, 5))
     assert resumed[0] == straight[0]
     assert sum(value for name, value in straight[0].items() if name.startswith("held")) > 0
@@ -176,47 +176,47 @@ def test_resumed_training_equals_uninterrupted_training():
 
 
 def test_gated_fusion_forwards_inner_attributes():
-    made, _, _ = build(fusion=eq.fusion.JointAttention(DIM, depth=2))
-    assert made.fusion.attention is made.fusion.inner.blocks[1].attention
-    made.fusion.use_depth(1)
-    assert made.fusion.attention is made.fusion.inner.blocks[0].attention
-    eq.balance.RollingQ(made.fusion.attention)
+    model, _, _ = build(fusion=eq.fusion.JointAttention(DIM, depth=2))
+    assert model.fusion.attention is model.fusion.inner.blocks[1].attention
+    model.fusion.use_depth(1)
+    assert model.fusion.attention is model.fusion.inner.blocks[0].attention
+    eq.balance.RollingQ(model.fusion.attention)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
-        _ = made.fusion.nothing
+        _ = model.fusion.nothing
 
 
 def test_concat_logit_contributions_sum_to_logits():
-    made, _, _ = build(fusion=eq.fusion.Concat(DIM))
-    output = made(batch())
-    torch.testing.assert_close(sum(made.contributions(output).values()), output.logits, **EXACT)
+    model, _, _ = build(fusion=eq.fusion.Concat(DIM))
+    output = model(batch())
+    torch.testing.assert_close(sum(model.contributions(output).values()), output.logits, **EXACT)
 
 
 @pytest.mark.parametrize("twin", [copy.deepcopy, lambda made: pickle.loads(pickle.dumps(made))])
 def test_copies_are_independent(twin):
-    made, _, _ = build()
-    other = twin(made)
-    assert torch.equal(other(batch()).logits, made(batch()).logits)
+    model, _, _ = build()
+    other = twin(model)
+    assert torch.equal(other(batch()).logits, model(batch()).logits)
     other.encoders.audio.weight.data.zero_()
-    assert not torch.equal(other(batch()).logits, made(batch()).logits)
+    assert not torch.equal(other(batch()).logits, model(batch()).logits)
 
 
 def test_modality_missing_from_all_samples():
-    made, balancer, balancing = build(NAMES[:3])
-    found = step(made, balancing, {**batch(NAMES[:3]), "text": None})
-    assert all(bool(gradient.isfinite().all()) for gradient in found.values())
+    model, balancer, balancing = build(NAMES[:3])
+    result = step(model, balancing, {**batch(NAMES[:3]), "text": None})
+    assert all(bool(gradient.isfinite().all()) for gradient in result.values())
     assert all(math.isfinite(value) for value in balancer.end_epoch().values())
-    assert made.fusion.gate.seen.tolist() == [5, 5, 0]
+    assert model.fusion.gate.seen.tolist() == [5, 5, 0]
 
 
 def test_autocast():
-    made, balancer, balancing = build(dtype=torch.float32, threshold=0.0)
+    model, balancer, balancing = build(dtype=torch.float32, threshold=0.0)
     for _ in range(2):
         inputs = batch(dtype=torch.float32)
         with torch.autocast("cpu", torch.bfloat16):
-            loss = balancing.loss(made.train()(inputs), inputs["target"])
+            loss = balancing.loss(model.train()(inputs), inputs["target"])
         loss.backward()
         balancing.before_step()
-    assert bool(made.fusion.gate.mean.isfinite().all())
+    assert bool(model.fusion.gate.mean.isfinite().all())
     assert all(math.isfinite(value) for value in balancer.end_epoch().values())
 
 
@@ -226,9 +226,9 @@ def test_errors():
     for wrong in ({"window": 0}, {"threshold": -1.0}, {"ratio": 0.0}):
         with pytest.raises(ConfigError, match=r"Greedy: expected window >= 1, threshold >= 0 and ratio > 0"):
             eq.balance.Greedy(attention_model(), **wrong)
-    made, _, _ = build()
+    model, _, _ = build()
     with pytest.raises(ConfigError, match="expected one Greedy for each model, got a second one"):
-        eq.balance.Greedy(made)
+        eq.balance.Greedy(model)
 
 
 def test_overflowing_gradients_do_not_change_speeds():
@@ -240,7 +240,7 @@ def test_overflowing_gradients_do_not_change_speeds():
 
 @pytest.mark.parametrize("other", ["MLA", "ReconBoost"])
 def test_incompatible_balancers_raise(other):
-    made = attention_model(fusion=eq.fusion.Concat(DIM))
-    first = getattr(eq.balance, other)(made)
+    model = attention_model(fusion=eq.fusion.Concat(DIM))
+    first = getattr(eq.balance, other)(model)
     with pytest.raises(ConfigError, match=f"Greedy with {other}: it trains on vectors before the gates"):
-        eq.BalancerList(made, [first, eq.balance.Greedy(made)])
+        eq.BalancerList(model, [first, eq.balance.Greedy(model)])

@@ -12,8 +12,8 @@ import equipoise as eq
 from equipoise.balance.inforeg import information_growth, restraint
 from equipoise.errors import ConfigError
 from helpers.fusion import NAMES, batch
-from helpers.steps import fused, step
-from helpers.tasks import rows, static
+from helpers.steps import attention_model, step
+from helpers.tasks import additive_model, to_lists
 from helpers.tolerance import TOL
 from oracles import balance_d
 from oracles.plain import mean, softmax
@@ -27,9 +27,9 @@ def doubles(values):
 
 
 def attached(names=("audio", "image"), **options):
-    made = static(names, unimodal="none")
-    balancer = eq.balance.InfoReg(made, **options)
-    return made, balancer, eq.BalancerList(made, [balancer])
+    model = additive_model(names, unimodal="none")
+    balancer = eq.balance.InfoReg(model, **options)
+    return model, balancer, eq.BalancerList(model, [balancer])
 
 
 @quick
@@ -52,46 +52,48 @@ def test_growth_is_one_before_the_first_epoch_and_at_its_end():
 @given(st.lists(st.floats(0.01, 1), min_size=2, max_size=5), st.floats(0.1, 2), st.randoms(use_true_random=False))
 def test_restraint_equals_the_oracle(scores, strength, random):
     rates = [random.uniform(-0.1, 0.2) for _ in scores]
-    found = restraint(doubles(scores), doubles(rates), strength=strength, threshold=0.05)
+    result = restraint(doubles(scores), doubles(rates), strength=strength, threshold=0.05)
     expected = balance_d.restraint(scores, rates, strength, 0.05)
-    for value, other, score in zip(found.tolist(), expected, scores, strict=True):
+    for value, other, score in zip(result.tolist(), expected, scores, strict=True):
         # At a gap of 0 but for rounding, either side of the jump is right.
         if abs(score - mean(scores)) > 1e-12:
             assert value == pytest.approx(other)
 
 
 def test_a_modality_without_samples_is_neither_leading_nor_compared():
-    found = restraint(doubles([0.6, 0.0, 0.3]), torch.ones(3), strength=1.0, threshold=0.0)
-    assert found.tolist() == pytest.approx([math.exp(math.tanh(0.3)), 0.0, 0.0])
+    result = restraint(doubles([0.6, 0.0, 0.3]), torch.ones(3), strength=1.0, threshold=0.0)
+    assert result.tolist() == pytest.approx([math.exp(math.tanh(0.3)), 0.0, 0.0])
 
 
-def slow_scores(made, inputs):
-    parts = made.contributions(made(inputs)).values()
-    return [mean(softmax(row)[y] for row, y in zip(rows(p), inputs["target"].tolist(), strict=True)) for p in parts]
+def slow_scores(model, inputs):
+    parts = model.contributions(model(inputs)).values()
+    return [mean(softmax(row)[y] for row, y in zip(to_lists(p), inputs["target"].tolist(), strict=True)) for p in parts]
 
 
 @pytest.mark.parametrize("number", [2, 3])
 def test_two_steps_equal_the_equations(number):
     """In the second step of an epoch the weights have left those at its start."""
     names = NAMES[:number]
-    made, balancer, balancing = attached(names)
-    start = copy.deepcopy(made.encoders.state_dict())
-    optimizer = torch.optim.SGD(made.parameters(), lr=0.1)
+    result, balancer, balancing = attached(names)
+    start = copy.deepcopy(result.encoders.state_dict())
+    optimizer = torch.optim.SGD(result.parameters(), lr=0.1)
     traces, restraints = dict.fromkeys(names, 0.0), []
     for seed in range(3):
         inputs = batch(names, size=7, seed=seed)
-        output = made(inputs)
-        loss = made.loss(output.logits, inputs["target"])
-        loss = loss + sum(made.loss(part, inputs["target"]) for part in made.contributions(output).values())
-        plain = torch.autograd.grad(loss, list(made.encoders.parameters()))
-        beta = dict(zip(names, balance_d.restraint(slow_scores(made, inputs), [1.0] * number, 0.95, 0.05), strict=True))
+        output = result(inputs)
+        loss = result.loss(output.logits, inputs["target"])
+        loss = loss + sum(result.loss(part, inputs["target"]) for part in result.contributions(output).values())
+        plain = torch.autograd.grad(loss, list(result.encoders.parameters()))
+        beta = dict(
+            zip(names, balance_d.restraint(slow_scores(result, inputs), [1.0] * number, 0.95, 0.05), strict=True)
+        )
         restraints.append(beta)
         assert max(beta.values()) > 0
-        found = step(made, balancing, inputs)
-        for (key, parameter), gradient in zip(made.encoders.named_parameters(), plain, strict=True):
+        actual = step(result, balancing, inputs)
+        for (key, parameter), gradient in zip(result.encoders.named_parameters(), plain, strict=True):
             name = key.split(".")[0]
             pull = beta[name] * (parameter.detach() - start[key])
-            torch.testing.assert_close(found[f"encoders.{key}"], gradient + pull, **EXACT)
+            torch.testing.assert_close(actual[f"encoders.{key}"], gradient + pull, **EXACT)
             if parameter.ndim == 2:
                 traces[name] += float(gradient.square().mean())
         optimizer.step()
@@ -103,29 +105,29 @@ def test_two_steps_equal_the_equations(number):
 
 
 def test_the_start_of_the_next_epoch_is_where_the_last_one_ended():
-    made, balancer, balancing = attached()
-    optimizer = torch.optim.SGD(made.parameters(), lr=0.1)
+    result, balancer, balancing = attached()
+    optimizer = torch.optim.SGD(result.parameters(), lr=0.1)
     for _ in range(2):
-        step(made, balancing, batch())
-        before = [p.detach().clone() for p in made.encoders.parameters()]
+        step(result, balancing, batch())
+        before = [p.detach().clone() for p in result.encoders.parameters()]
         optimizer.step()
         balancing.end_epoch()
         starts = [balancer.get_buffer(f"start_{i}") for i in range(len(before))]
         assert all(torch.equal(a, b) for a, b in zip(starts, before, strict=True))
     # The last weights that were loaded count, not those of the constructor.
     with torch.no_grad():
-        made.encoders["audio"].weight.add_(1.0)
-    step(made, balancing, batch())
-    assert torch.equal(balancer.get_buffer("start_0"), made.encoders["audio"].weight.detach())
+        result.encoders["audio"].weight.add_(1.0)
+    step(result, balancing, batch())
+    assert torch.equal(balancer.get_buffer("start_0"), result.encoders["audio"].weight.detach())
 
 
 def test_the_pull_ends_with_the_window():
-    made, _, balancing = attached(threshold=0.5)
-    optimizer = torch.optim.SGD(made.parameters(), lr=0.1)
+    result, _, balancing = attached(threshold=0.5)
+    optimizer = torch.optim.SGD(result.parameters(), lr=0.1)
     held = []
     for _ in range(4):
         for seed in range(2):
-            step(made, balancing, batch(seed=seed))
+            step(result, balancing, batch(seed=seed))
             optimizer.step()
         log = balancing.end_epoch()
         held.append(log["restraint/audio"] + log["restraint/image"] > 0)
@@ -135,33 +137,33 @@ def test_the_pull_ends_with_the_window():
 
 
 def test_resumes_in_the_middle_of_an_epoch():
-    made, balancer, balancing = attached()
-    optimizer = torch.optim.SGD(made.parameters(), lr=0.1)
-    step(made, balancing, batch())
+    result, balancer, balancing = attached()
+    optimizer = torch.optim.SGD(result.parameters(), lr=0.1)
+    step(result, balancing, batch())
     optimizer.step()
-    other = eq.balance.InfoReg(made)
+    other = eq.balance.InfoReg(result)
     other.load_state_dict(copy.deepcopy(balancer.state_dict()))
-    expected = step(made, balancing, batch(seed=1))
-    found = step(made, eq.BalancerList(made, [other]), batch(seed=1))
-    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    expected = step(result, balancing, batch(seed=1))
+    actual = step(result, eq.BalancerList(result, [other]), batch(seed=1))
+    assert all(torch.equal(actual[key], expected[key]) for key in expected)
 
 
 def test_losses_of_unimodal_heads_are_counted_once():
-    made = fused()
-    balancing = eq.BalancerList(made, [eq.balance.InfoReg(made)])
+    model = attention_model()
+    balancing = eq.BalancerList(model, [eq.balance.InfoReg(model)])
     inputs = batch(size=7)
-    output = made.train()(inputs)
-    heads = sum(made.loss(logits, inputs["target"]) for logits in output.unimodal_logits.values())
-    expected = made.loss(output.logits, inputs["target"]) + heads
+    output = model.train()(inputs)
+    heads = sum(model.loss(logits, inputs["target"]) for logits in output.unimodal_logits.values())
+    expected = model.loss(output.logits, inputs["target"]) + heads
     torch.testing.assert_close(balancing.loss(output, inputs["target"]), expected, **EXACT)
 
 
 def test_errors():
     for wrong in ({"strength": 0.0}, {"strength": float("inf")}, {"threshold": -1.0}):
         with pytest.raises(ConfigError, match=r"InfoReg: expected a finite strength > 0 and threshold >= 0, got "):
-            eq.balance.InfoReg(static(), **wrong)
+            eq.balance.InfoReg(additive_model(), **wrong)
     with pytest.raises(ConfigError, match="InfoReg: expected two or more modalities, got audio"):
-        eq.balance.InfoReg(static(("audio",)))
-    made = fused(unimodal="probe")
+        eq.balance.InfoReg(additive_model(("audio",)))
+    model = attention_model(unimodal="probe")
     with pytest.raises(ConfigError, match="InfoReg: expected logits that are a sum over modalities, or unimodal heads"):
-        step(made, eq.BalancerList(made, [eq.balance.InfoReg(made)]), batch())
+        step(model, eq.BalancerList(model, [eq.balance.InfoReg(model)]), batch())

@@ -14,8 +14,8 @@ from equipoise.balance.common.target_categories import bin_edges, categories
 from equipoise.balance.pmr import prototype_weights
 from equipoise.errors import ConfigError
 from helpers.fusion import NAMES, batch
-from helpers.steps import fused, step
-from helpers.tasks import TASKS, assert_like_single_precision, batch_for, loss_of, penalty_of, rows, static
+from helpers.steps import attention_model, step
+from helpers.tasks import TASKS, additive_model, assert_like_single_precision, batch_for, loss_of, penalty_of, to_lists
 from helpers.tolerance import TOL
 from oracles.balance_b import class_mean, pmr, prototype_probabilities
 
@@ -27,16 +27,16 @@ def doubles(*values):
     return torch.tensor(values, dtype=torch.float64)
 
 
-def pooled_features(made, inputs):
-    tokens = made.eval().encode(inputs)
-    return [rows(tokens[name].pooled()) for name in made.names]
+def pooled_features(model, inputs):
+    tokens = model.eval().encode(inputs)
+    return [to_lists(tokens[name].pooled()) for name in model.names]
 
 
-def build_reviewed(made, data, **options):
+def build_reviewed(model, data, **options):
     """Returns a PMR after one review of all these batches."""
-    balancer = eq.balance.PMR(made, **{"fraction": 1.0, **options})
+    balancer = eq.balance.PMR(model, **{"fraction": 1.0, **options})
     for inputs in data:
-        penalty_of(balancer, made, inputs)
+        penalty_of(balancer, model, inputs)
     balancer.review(data, [])
     return balancer
 
@@ -92,58 +92,61 @@ def test_probabilities_and_gradient_at_a_prototype():
 @pytest.mark.parametrize("hard", [False, True])
 @pytest.mark.parametrize("seed", range(3))
 def test_penalty_equals_the_oracle(hard, seed):
-    made, data = static(seed=seed), [batch(size=11, seed=seed), batch(size=7, seed=seed + 50)]
-    balancer = build_reviewed(made, data, alpha=2.0, mu=0.1, hard=hard)
-    features = [a + b for a, b in zip(*(pooled_features(made, inputs) for inputs in data), strict=True)]
-    labels = [label for inputs in data for label in rows(inputs["target"])]
+    model, data = additive_model(seed=seed), [batch(size=11, seed=seed), batch(size=7, seed=seed + 50)]
+    balancer = build_reviewed(model, data, alpha=2.0, mu=0.1, hard=hard)
+    features = [a + b for a, b in zip(*(pooled_features(model, inputs) for inputs in data), strict=True)]
+    labels = [label for inputs in data for label in to_lists(inputs["target"])]
     prototypes = [[class_mean(f, labels, c) for c in range(3)] for f in features]
     inputs = batch(size=5, seed=seed + 7)
-    expected = pmr(pooled_features(made, inputs), prototypes, rows(inputs["target"]), 2.0, 0.1, hard)
+    expected = pmr(pooled_features(model, inputs), prototypes, to_lists(inputs["target"]), 2.0, 0.1, hard)
     assert abs(expected) > 1e-4
-    assert float(penalty_of(balancer, made, inputs)) == pytest.approx(expected, rel=1e-9)
+    assert float(penalty_of(balancer, model, inputs)) == pytest.approx(expected, rel=1e-9)
 
 
 def test_entropy_term_ends_after_its_epochs():
-    made, inputs = static(), batch(size=11)
-    balancer = build_reviewed(made, [inputs], entropy_epochs=1, mu=10.0)
-    features, labels = pooled_features(made, inputs), rows(inputs["target"])
+    model, inputs = additive_model(), batch(size=11)
+    balancer = build_reviewed(model, [inputs], entropy_epochs=1, mu=10.0)
+    features, labels = pooled_features(model, inputs), to_lists(inputs["target"])
     prototypes = [[class_mean(f, labels, c) for c in range(3)] for f in features]
     for mu in (10.0, 0.0):
-        found = float(penalty_of(balancer, made, inputs))
-        assert found == pytest.approx(pmr(features, prototypes, labels, 1.0, mu), rel=1e-9)
+        result = float(penalty_of(balancer, model, inputs))
+        assert result == pytest.approx(pmr(features, prototypes, labels, 1.0, mu), rel=1e-9)
         balancer.review([inputs], [])
 
 
 def test_prototypes_are_updated_with_momentum():
-    made, first, second = static(), batch(size=11), batch(size=7, seed=1)
+    model, first, second = additive_model(), batch(size=11), batch(size=7, seed=1)
     # A class that the second review does not show keeps its prototype.
     second["target"] = second["target"].clamp(max=1)
-    balancer = build_reviewed(made, [first], momentum=0.3)
+    balancer = build_reviewed(model, [first], momentum=0.3)
     balancer.review([second], [])
-    for place, name in enumerate(made.names):
-        old, new = (pooled_features(made, inputs)[place] for inputs in (first, second))
+    for index, name in enumerate(model.names):
+        old, new = (pooled_features(model, inputs)[index] for inputs in (first, second))
         for c in range(3):
-            before, after = class_mean(old, rows(first["target"]), c), class_mean(new, rows(second["target"]), c)
+            before, after = (
+                class_mean(old, to_lists(first["target"]), c),
+                class_mean(new, to_lists(second["target"]), c),
+            )
             expected = before if after is None else [0.3 * a + 0.7 * b for a, b in zip(before, after, strict=True)]
-            torch.testing.assert_close(balancer.prototypes[place, 0, c], doubles(*expected), **EXACT, msg=name)
+            torch.testing.assert_close(balancer.prototypes[index, 0, c], doubles(*expected), **EXACT, msg=name)
 
 
 def test_class_without_prototype_is_excluded():
-    made, few = static(), batch(size=11)
+    model, few = additive_model(), batch(size=11)
     few["target"] = few["target"].clamp(max=1)
-    balancer = build_reviewed(made, [few])
+    balancer = build_reviewed(model, [few])
     inputs = batch(size=7, seed=3)
     known = inputs["target"] < 2
     assert 0 < int(known.sum()) < 7
     some = {name: value[known] for name, value in inputs.items()}
-    assert float(penalty_of(balancer, made, inputs)) == pytest.approx(float(penalty_of(balancer, made, some)))
+    assert float(penalty_of(balancer, model, inputs)) == pytest.approx(float(penalty_of(balancer, model, some)))
 
 
 def test_prototypes_from_a_fraction_of_batches():
-    made, balancer, data = static(), None, [batch(seed=seed) for seed in range(12)]
-    balancer = eq.balance.PMR(made, fraction=0.1)
+    model, balancer, data = additive_model(), None, [batch(seed=seed) for seed in range(12)]
+    balancer = eq.balance.PMR(model, fraction=0.1)
     for inputs in data:
-        penalty_of(balancer, made, inputs)
+        penalty_of(balancer, model, inputs)
     asked = iter(data)
     balancer.review(asked, [])
     assert len(list(asked)) == 10
@@ -151,17 +154,17 @@ def test_prototypes_from_a_fraction_of_batches():
 
 
 def test_first_epoch_applies_no_scaling():
-    made, inputs = static(), batch()
-    balancing = eq.BalancerList(made, [eq.balance.PMR(made)])
-    assert loss_of(balancing, made, inputs) == loss_of(eq.BalancerList(made), made, inputs)
+    model, inputs = additive_model(), batch()
+    balancing = eq.BalancerList(model, [eq.balance.PMR(model)])
+    assert loss_of(balancing, model, inputs) == loss_of(eq.BalancerList(model), model, inputs)
     assert balancing.end_epoch() == {"weight/audio": 0.0, "weight/image": 0.0}
 
 
 def test_encoders_are_scaled_and_factors_logged():
-    made, inputs = fused(), batch(size=11)
-    balancer = build_reviewed(made, [inputs], alpha=3.0)
-    found, plain = step(made, eq.BalancerList(made, [balancer]), inputs), step(made, eq.BalancerList(made), inputs)
-    changed = {name for name in plain if not torch.equal(found[name], plain[name])}
+    model, inputs = attention_model(), batch(size=11)
+    balancer = build_reviewed(model, [inputs], alpha=3.0)
+    result, plain = step(model, eq.BalancerList(model, [balancer]), inputs), step(model, eq.BalancerList(model), inputs)
+    changed = {name for name in plain if not torch.equal(result[name], plain[name])}
     assert changed
     assert all(name.startswith("encoders") for name in changed)
     log = balancer.end_epoch()
@@ -173,17 +176,17 @@ def test_encoders_are_scaled_and_factors_logged():
 @pytest.mark.parametrize("number", [2, 3])
 def test_all_tasks(task, number):
     names = NAMES[:number]
-    made, inputs = fused(names, task=task), batch_for(task, names, size=11, missing=names[:2])
-    balancer = build_reviewed(made, [inputs], fraction=1.0)
-    found = step(made, eq.BalancerList(made, [balancer]), inputs)
-    assert all(bool(gradient.isfinite().all()) for gradient in found.values())
+    model, inputs = attention_model(names, task=task), batch_for(task, names, size=11, missing=names[:2])
+    balancer = build_reviewed(model, [inputs], fraction=1.0)
+    result = step(model, eq.BalancerList(model, [balancer]), inputs)
+    assert all(bool(gradient.isfinite().all()) for gradient in result.values())
     assert sum(balancer.end_epoch().values()) > 0
 
 
 def test_multilabel_uses_two_classes_per_label():
-    made, inputs = static(task="multilabel"), batch_for("multilabel", size=11)
-    balancer = build_reviewed(made, [inputs], mu=0.0)
-    target, features = rows(inputs["target"]), pooled_features(made, inputs)
+    model, inputs = additive_model(task="multilabel"), batch_for("multilabel", size=11)
+    balancer = build_reviewed(model, [inputs], mu=0.0)
+    target, features = to_lists(inputs["target"]), pooled_features(model, inputs)
     scores, losses = [], []
     for f in features:
         true = []
@@ -194,7 +197,7 @@ def test_multilabel_uses_two_classes_per_label():
         scores.append(sum(true) / len(true))
         losses.append(sum(-math.log(p) for p in true) / len(true))
     expected = sum(min(max(scores) / s - 1, 1) * loss for s, loss in zip(scores, losses, strict=True))
-    assert float(penalty_of(balancer, made, inputs)) == pytest.approx(expected, rel=1e-9)
+    assert float(penalty_of(balancer, model, inputs)) == pytest.approx(expected, rel=1e-9)
 
 
 def test_targets_of_a_regression_are_binned_once():
@@ -204,8 +207,8 @@ def test_targets_of_a_regression_are_binned_once():
     sizes = categories(normal, "regression", edges)
     assert sizes[:, 0].bincount().tolist() == pytest.approx([200] * 5, abs=3)
     assert categories(target, "regression", bin_edges(normal, 2))[:, 0].tolist() == [0] * 500 + [1] * 500
-    made, inputs = static(task="regression"), batch_for("regression", size=11)
-    balancer = build_reviewed(made, [inputs], bins=3)
+    model, inputs = additive_model(task="regression"), batch_for("regression", size=11)
+    balancer = build_reviewed(model, [inputs], bins=3)
     first = balancer.edges.clone()
     assert first.shape == (3, 2)
     balancer.review([{**inputs, "target": inputs["target"] + 10}], [])
@@ -213,43 +216,43 @@ def test_targets_of_a_regression_are_binned_once():
 
 
 def test_samples_without_the_modality_are_excluded():
-    made, whole = static(), batch(size=13, missing=("image",))
-    here = whole["mask"]["image"]
-    balancer = build_reviewed(made, [whole])
-    features = pooled_features(made, whole)
-    labels = rows(whole["target"])
+    model, full = additive_model(), batch(size=13, missing=("image",))
+    here = full["mask"]["image"]
+    balancer = build_reviewed(model, [full])
+    features = pooled_features(model, full)
+    labels = to_lists(full["target"])
     for c in range(3):
-        kept = [(f, y) for f, y, h in zip(features[1], labels, rows(here), strict=True) if h]
+        kept = [(f, y) for f, y, h in zip(features[1], labels, to_lists(here), strict=True) if h]
         expected = class_mean([f for f, _ in kept], [y for _, y in kept], c)
         torch.testing.assert_close(balancer.prototypes[1, 0, c], doubles(*expected), **EXACT)
-    gone = {**whole, "image": None, "mask": {}}
-    assert float(penalty_of(balancer, made, gone)) == 0
-    assert float(penalty_of(balancer, made, whole)) != 0
+    gone = {**full, "image": None, "mask": {}}
+    assert float(penalty_of(balancer, model, gone)) == 0
+    assert float(penalty_of(balancer, model, full)) != 0
 
 
 def test_resume_from_saved_state():
-    made, inputs = static(), batch(size=11)
-    balancer = build_reviewed(made, [inputs])
-    penalty_of(balancer, made, inputs)
-    other = eq.balance.PMR(made, fraction=1.0)
+    model, inputs = additive_model(), batch(size=11)
+    balancer = build_reviewed(model, [inputs])
+    penalty_of(balancer, model, inputs)
+    other = eq.balance.PMR(model, fraction=1.0)
     other.load_state_dict(copy.deepcopy(balancer.state_dict()))
-    assert float(penalty_of(other, made, inputs)) == float(penalty_of(balancer, made, inputs))
+    assert float(penalty_of(other, model, inputs)) == float(penalty_of(balancer, model, inputs))
     assert other.end_epoch() == balancer.end_epoch()
 
 
 def test_autocast():
-    made, inputs = fused(dtype=torch.float32), batch(dtype=torch.float32)
-    balancer = build_reviewed(made, [inputs])
-    assert_like_single_precision(balancer, made, inputs)
+    model, inputs = attention_model(dtype=torch.float32), batch(dtype=torch.float32)
+    balancer = build_reviewed(model, [inputs])
+    assert_like_single_precision(balancer, model, inputs)
 
 
 def test_errors():
     with pytest.raises(ConfigError, match="PMR: expected two or more modalities, got audio"):
-        eq.balance.PMR(fused(("audio",)))
+        eq.balance.PMR(attention_model(("audio",)))
     with pytest.raises(ConfigError, match=r"expected mu >= 0 and bins >= 2, got alpha = 1.0, mu = -1, .*bins = 1"):
-        eq.balance.PMR(fused(), mu=-1, bins=1)
+        eq.balance.PMR(attention_model(), mu=-1, bins=1)
     for wrong in ({"alpha": -1}, {"momentum": 1.0}, {"fraction": 0.0}, {"entropy_epochs": -1}):
         with pytest.raises(ConfigError, match=f"expected .*{next(iter(wrong))}"):
-            eq.balance.PMR(fused(), **wrong)
+            eq.balance.PMR(attention_model(), **wrong)
     with pytest.raises(ConfigError, match="expected one or more training batches in review, got none"):
-        eq.balance.PMR(fused()).review([], [])
+        eq.balance.PMR(attention_model()).review([], [])

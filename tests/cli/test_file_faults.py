@@ -57,10 +57,10 @@ def comparison_copy(comparison, tmp_path):
 
 def error_message(capfd, *words):
     assert run([str(word) for word in words]) == 1
-    said = capfd.readouterr().err.strip()
-    assert said.startswith("equipoise: ")
-    assert len(said.splitlines()) == 1
-    return said
+    message = capfd.readouterr().err.strip()
+    assert message.startswith("equipoise: ")
+    assert len(message.splitlines()) == 1
+    return message
 
 
 # What a recipe may not do
@@ -121,7 +121,7 @@ def test_method_and_fold_names_cannot_leave_the_folder(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("seeds: 1\nseeds: 2", "expected each key once, got seeds twice in line 4. Remove one."),
         ("data: {name: digits, name: emoji}", "expected each key once"),
@@ -147,13 +147,13 @@ def test_method_and_fold_names_cannot_leave_the_folder(name, tmp_path):
         ("model: {name: [1]}", "expected a text under model.name, got [1]"),
     ],
 )  # fmt: skip
-def test_invalid_recipe_values_raise(text, said, tmp_path, capfd):
+def test_invalid_recipe_values_raise(text, message, tmp_path, capfd):
     base = {"data": "data: {name: digits}", "encoders": "encoders: {audio: {dim: 8}, image: {dim: 8, patch: 4}}"}
     rest = [line for name, line in base.items() if not text.startswith(f"{name}:")]
     (tmp_path / "r.yaml").write_text("\n".join([*rest, text]))
     words = ["compare", "--config", tmp_path / "r.yaml", "--out", tmp_path / "o", "--workers", 0]
     words += [] if text.startswith("methods") else ["--methods", "joint"]
-    assert said in error_message(capfd, *words)
+    assert message in error_message(capfd, *words)
 
 
 def test_yaml_alias_expansion_is_limited(tmp_path):
@@ -212,9 +212,9 @@ def test_invalid_output_locations_raise(command, comparison, tmp_path, capfd):
     }[command]  # fmt: skip
     known = output_locations(tmp_path)
     inside = sorted(tmp_path.rglob("*"))
-    for path, said in known.values():
+    for path, message in known.values():
         line = error_message(capfd, *words, "--out", path)
-        assert said in line
+        assert message in line
         assert str(path) in line
     assert sorted(tmp_path.rglob("*")) == inside
     assert (tmp_path / "full" / "thesis.tex").read_text() == "mine"
@@ -279,11 +279,11 @@ def test_weights_of_another_run_raise(comparison_copy, capfd):
     state = load_file(one / "model.safetensors")
     save_file({name: value + 1 if value.is_floating_point() else value for name, value in state.items()},
               one / "model.safetensors")  # fmt: skip
-    said = "model.safetensors: expected the weights of this run, got other weights: damaged, or copied from another"
-    with pytest.raises(DataError, match=said):
+    message = "model.safetensors: expected the weights of this run, got other weights: damaged, or copied from another"
+    with pytest.raises(DataError, match=message):
         eq.load(one)
-    assert said in error_message(capfd, "diagnose", one, "--out", out.parent / "d")
-    assert said in error_message(capfd, *words)
+    assert message in error_message(capfd, "diagnose", one, "--out", out.parent / "d")
+    assert message in error_message(capfd, *words)
 
 
 @pytest.mark.parametrize(
@@ -327,15 +327,15 @@ def test_edited_run_raises(part, comparison_copy, capfd):
     else:
         content["fingerprint"] = content["fingerprint"].replace("concat", "joint")
     (one / "run.json").write_text(json.dumps(content))
-    said = (
+    message = (
         "expected unmodified content, got content that does not match its checksum. Remove it and start the run again"
     )
-    with pytest.raises(DataError, match=said):
+    with pytest.raises(DataError, match=message):
         eq.load(one)
-    assert said in error_message(capfd, "diagnose", one, "--out", out.parent / "d")
-    assert said in error_message(capfd, "report", out)
+    assert message in error_message(capfd, "diagnose", one, "--out", out.parent / "d")
+    assert message in error_message(capfd, "report", out)
     if part != "fingerprint":  # that run counts as one of another recipe, and is trained again
-        assert said in error_message(capfd, *words)
+        assert message in error_message(capfd, *words)
     content.pop("checksum")
     content.pop("weights", None)
     content["fingerprint"] = "x"
@@ -362,7 +362,7 @@ def test_edited_results_raise(comparison_copy, capfd):
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (lambda run: run["history"].append(3), "history 1: expected a mapping, got int"),
         (lambda run: run.update(history={"epoch": 1}), "history: expected a list"),
@@ -374,11 +374,11 @@ def test_edited_results_raise(comparison_copy, capfd):
         (lambda run: run.update(keys={"after": {"clean": {"audio": {}}}}), "expected the entries cosine"),
     ],
 )  # fmt: skip
-def test_results_with_wrong_types_raise(change, said, tmp_path):
+def test_results_with_wrong_types_raise(change, message, tmp_path):
     content = fake_results(methods=("joint",), seeds=1, epochs=1)
     change(content["runs"][0])
     (tmp_path / "results.json").write_text(json.dumps(content))
-    with pytest.raises(SchemaError, match=rf"read 'results\.json', run 0.*{said}"):
+    with pytest.raises(SchemaError, match=rf"read 'results\.json', run 0.*{message}"):
         result_rows.load_results(tmp_path)
 
 
@@ -476,10 +476,10 @@ def test_ascii_terminals_and_non_utf8_names(comparison, tmp_path):
     name = os.fsencode(tmp_path) + b"/r\xff\xe9"
     shutil.copytree(comparison[0], os.fsdecode(name))
     process = start_program("report", os.fsdecode(name))
-    said, errors = process.communicate(timeout=120)
+    message, errors = process.communicate(timeout=120)
     assert (process.returncode, errors) == (0, b"")
     assert os.path.isfile(name + b"/report.html")
-    assert rb"\udcff" in said
+    assert rb"\udcff" in message
 
 
 def test_unencodable_characters_are_replaced():
@@ -511,9 +511,9 @@ def test_ctrl_c_during_startup(moment, tmp_path):
         assert process.poll() is None
         time.sleep(0.005)
     process.send_signal(signal.SIGINT)
-    said, errors = process.communicate(timeout=120)
+    message, errors = process.communicate(timeout=120)
     assert process.returncode == 130
-    assert b"Traceback" not in said + errors
+    assert b"Traceback" not in message + errors
     assert {"imports": b"equipoise: Stopped", "work": b"equipoise: Interrupted"}[moment] in errors
 
 
@@ -533,7 +533,7 @@ def test_program_invocation_is_detected(words, is_it):
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["--out", ""], "expected a path, got ''"), (["--out", "a\0b"], "expected a path"),
         (["--seeds", "9" * 5000], "expected a whole number, got 999"), (["--seeds", "x"], "expected a whole number"),
@@ -542,15 +542,15 @@ def test_program_invocation_is_detected(words, is_it):
         (["--meth", "joint"], "unrecognized arguments: --meth joint"),
     ],
 )  # fmt: skip
-def test_usage(words, said, capfd):
+def test_usage(words, message, capfd):
     with pytest.raises(SystemExit) as left:
         run(["compare", *words])
     assert left.value.code == 2
-    assert said in capfd.readouterr().err
+    assert message in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["--data.a.b.c.d.e.f.g.h.i.j.k", "1"], "command line: expected at most 10 names in an option, got 12"),
         (["--train.epochs", "[1"], "--train.epochs: expected YAML, got while parsing"),
@@ -562,9 +562,11 @@ def test_usage(words, said, capfd):
         (["--seeds", "100000"], "expected at most 100,000 runs"),
     ],
 )  # fmt: skip
-def test_invalid_values_raise(words, said, tmp_path, capfd):
+def test_invalid_values_raise(words, message, tmp_path, capfd):
     config = write_recipe(tmp_path / "r.yaml")
-    assert said in error_message(capfd, "compare", "--config", config, "--out", tmp_path / "o", "--workers", 0, *words)
+    assert message in error_message(
+        capfd, "compare", "--config", config, "--out", tmp_path / "o", "--workers", 0, *words
+    )
     assert not (tmp_path / "o").exists()
 
 

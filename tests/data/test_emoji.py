@@ -210,7 +210,7 @@ def test_transparency_becomes_white_and_images_are_padded_to_squares():
     colors[:, :20] = (255, 0, 0, 255)
     result = load_square_image(Image.fromarray(colors), 8)
     assert result.shape == (8, 8, 3)
-    # A border of ten rows is two of eight; what lies beside an edge is a mixture.
+    # A border of ten rows is two of eight; rows beside an edge are a mixture.
     assert result[0].unique().tolist() == [255]
     red, green, blue = result[4, 1].tolist()
     assert red > 250 > 20 > max(green, blue)

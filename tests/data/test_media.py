@@ -184,7 +184,7 @@ def test_decompression_bombs(tmp_path, monkeypatch):
     for name in ("bomb.png", "large.png"):
         with pytest.raises(DataError, match=rf"{name}': expected an image of at most 89,478,485 pixels, got "):
             load_image(tmp_path / name)
-    # Whoever switched Pillow's own limit off has not switched off this one.
+    # This limit also holds if Pillow's own limit is switched off.
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
     with pytest.raises(DataError, match="10000 x 10000 pixels, a decompression bomb"):
         load_image(tmp_path / "large.png")

@@ -80,31 +80,31 @@ def test_all_sources_equal_the_table(tmp_path, reference, kind):
     assert data.vocabulary == reference.vocabulary
     for split in ("train", "val", "test"):
         assert len(data.split(split)) == len(reference.split(split))
-        found, expected = rows_of(data, split), rows_of(reference, split)
-        assert torch.equal(found["target"], expected["target"])
-        assert torch.equal(found["index"], expected["index"])
+        result, expected = rows_of(data, split), rows_of(reference, split)
+        assert torch.equal(result["target"], expected["target"])
+        assert torch.equal(result["index"], expected["index"])
         for name in data.names:
-            torch.testing.assert_close(found[name], expected[name])
-        assert found["mask"].keys() == expected["mask"].keys()
+            torch.testing.assert_close(result[name], expected[name])
+        assert result["mask"].keys() == expected["mask"].keys()
 
 
 def test_an_epoch_has_every_sample_once_whatever_the_workers(tmp_path):
     data = StreamDataset(str(shards(tmp_path / "files", frame(), "parquet")), target="label", buffer_size=64)
-    found = {}
+    result = {}
     for workers in (0, 2):
         batches = loader(data, "train", 16, seed=3, train=True, workers=workers)
         for epoch in (0, 1):
             batches.sampler.set_epoch(epoch)
-            found[workers, epoch] = list(batches)
+            result[workers, epoch] = list(batches)
     for epoch in (0, 1):
-        index = torch.cat([batch["index"] for batch in found[0, epoch]])
+        index = torch.cat([batch["index"] for batch in result[0, epoch]])
         assert sorted(index.tolist()) == list(range(len(data.train)))
-        for one, other in zip(found[0, epoch], found[2, epoch], strict=True):
+        for one, other in zip(result[0, epoch], result[2, epoch], strict=True):
             assert all(torch.equal(one[name], other[name]) for name in (*data.names, "target", "index"))
-    assert [b["index"].tolist() for b in found[0, 0]] != [b["index"].tolist() for b in found[0, 1]]
+    assert [b["index"].tolist() for b in result[0, 0]] != [b["index"].tolist() for b in result[0, 1]]
     # The samples are those of the stored order.
     stored = rows_of(data, "train")
-    batch = found[0, 0][0]
+    batch = result[0, 0][0]
     assert torch.equal(batch["target"], stored["target"][batch["index"]])
     torch.testing.assert_close(batch["imu"], stored["imu"][batch["index"]])
 

@@ -57,7 +57,7 @@ def test_words_that_are_too_long_raise():
 
 
 def expected_slips(ids, slips, uniform, letters):
-    """Letter by letter: what is read, and where it stands."""
+    """Returns the letters and positions after misspelling, letter by letter."""
     placed = []
     for index, number in enumerate(ids):
         if number == 0 or (index and slips / 3 <= uniform[index] < 2 * slips / 3):

@@ -86,7 +86,7 @@ def test_unused_modality_has_shapley_value_zero():
     batches = [batch_for("regression", seed=seed) for seed in range(2)]
     result = modality_shapley(model, batches)
     assert result["image"] != 0
-    # Alone it leaves the model with its bias, which is worth something else than the median target.
+    # Without other modalities the prediction is the bias, whose score differs from that of the median target.
     bias = model.head.bias.expand(10, -1).tolist()
     target = torch.cat([inputs["target"] for inputs in batches])
     median = target.median(dim=0).values.expand(10, -1).tolist()

@@ -8,7 +8,7 @@ import equipoise as eq
 CLASSES = 3
 
 
-def linear(weight):
+def linear_layer(weight):
     """Returns a linear layer without bias and with the given weights."""
     weight = torch.as_tensor(weight, dtype=torch.float32)
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
@@ -17,7 +17,7 @@ def linear(weight):
     return layer
 
 
-def weighing(**weights):
+def weighted_model(**weights):
     """Returns a static model with logits = sum over modalities of weight x mean token."""
     model = eq.FusionModel(
         {name: nn.Identity() for name in weights}, eq.fusion.Concat(CLASSES), CLASSES, unimodal="none"
@@ -28,7 +28,7 @@ def weighing(**weights):
     return model
 
 
-def answered(model, *, sizes=(211, 97), seed=0, wrong=0.0):
+def labeled_batches(model, *, sizes=(211, 97), seed=0, wrong=0.0):
     """Returns batches of random inputs whose targets are the predictions of the model, except for a fraction of
     them.
     """
@@ -45,7 +45,7 @@ def answered(model, *, sizes=(211, 97), seed=0, wrong=0.0):
     return batches
 
 
-def looking(sharpness):
+def quality_attention(sharpness):
     """Returns joint attention whose class token prefers tokens with a large first feature (the quality).
 
     Values equal the tokens, so the prediction depends on the selected tokens.
@@ -67,9 +67,9 @@ def looking(sharpness):
     return model
 
 
-def marked(model, *, sizes=(211, 97), seed=0):
+def quality_batches(model, *, sizes=(211, 97), seed=0):
     """Returns batches whose tokens have their quality, about 1, in the first feature and the class in the others."""
-    batches = answered(model, sizes=sizes, seed=seed)
+    batches = labeled_batches(model, sizes=sizes, seed=seed)
     random = torch.Generator().manual_seed(seed + 1)
     for batch in batches:
         for name in model.names:

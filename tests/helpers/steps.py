@@ -15,16 +15,16 @@ def attention_model(names=("audio", "image"), *, fusion=None, seed=0, dtype=torc
     return eq.FusionModel(encoders, fusion, outputs, **{"unimodal": "train", **options}).to(dtype)
 
 
-def step(made, balancing, *batches):
+def step(model, balancing, *batches):
     """Computes the gradients of one step over several batches, weighted by their samples, without
     ``optimizer.step``.
     """
-    made.train().zero_grad()
+    model.train().zero_grad()
     total = sum(len(inputs["target"]) for inputs in batches)
     for inputs in batches:
-        (balancing.loss(made(inputs), inputs["target"]) * len(inputs["target"]) / total).backward()
+        (balancing.loss(model(inputs), inputs["target"]) * len(inputs["target"]) / total).backward()
     balancing.before_step()
-    return {name: p.grad.clone() for name, p in made.named_parameters() if p.grad is not None}
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 def gradients(loss, parameters):

@@ -13,7 +13,7 @@ from equipoise.errors import ConfigError, DataError
 from equipoise.inspection import look
 from equipoise.inspection.patch_layout import patch_grid
 from equipoise.inspection.prompt_inputs import complete_inputs, token_words
-from helpers.look import CHAT, IMAGE, QUESTION, WORDS, llama, llava, picture, processor, tokenizer
+from helpers.look import CHAT, IMAGE, QUESTION, WORDS, build_llama, build_llava, build_processor, tokenizer, wide_image
 from helpers.tolerance import TOL
 from helpers.vlms import family
 
@@ -22,12 +22,12 @@ TOP = 2
 
 @pytest.fixture(scope="module")
 def model():
-    return llava()
+    return build_llava()
 
 
 @pytest.fixture(scope="module")
 def inspection(model):
-    return look(model, processor(), image=picture(), text=QUESTION, max_new_tokens=5, exclude_top_k=TOP)
+    return look(model, build_processor(), image=wide_image(), text=QUESTION, max_new_tokens=5, exclude_top_k=TOP)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def explicit_attention(model, inspection):
     """Returns the (head, query, key) attention of each layer for prompt and answer with eager attention, and the
     logits.
     """
-    inputs = processor()(images=picture(), text=inspection.prompt, return_tensors="pt")
+    inputs = build_processor()(images=wide_image(), text=inspection.prompt, return_tensors="pt")
     length = inputs["input_ids"].shape[1]
     ids = torch.tensor([[WORDS.index(token.text) for token in inspection.tokens]])
     assert ids[0, :length].tolist() == inputs["input_ids"][0].tolist()
@@ -50,8 +50,10 @@ def query_positions(part, length, total):
     return list(range(length)) if part == "prompt" else list(range(length - 1, total - 1))
 
 
-def assert_close(found, wanted):
-    torch.testing.assert_close(torch.as_tensor(found).double(), torch.as_tensor(wanted).double(), **TOL[torch.float32])
+def assert_close(result, expected):
+    torch.testing.assert_close(
+        torch.as_tensor(result).double(), torch.as_tensor(expected).double(), **TOL[torch.float32]
+    )
 
 
 @pytest.mark.parametrize("part", ["prompt", "answer"])
@@ -89,7 +91,7 @@ def test_maps_are_rows_of_the_matrix(inspection, explicit_attention):
     attentions, _, ids, length = explicit_attention
     maps = inspection.maps
     assert [reader.text for reader in maps.readers[:2]] == ["the whole answer", "the whole prompt"]
-    words_only = [place for place, token in enumerate(ids) if token != IMAGE]
+    words_only = [index for index, token in enumerate(ids) if token != IMAGE]
     assert [reader.place for reader in maps.readers[2:]] == words_only
     assert maps.left_out == 0
     for number, reader in enumerate(maps.readers):
@@ -99,9 +101,9 @@ def test_maps_are_rows_of_the_matrix(inspection, explicit_attention):
         ]  # fmt: skip
         for layer, attention in enumerate(attentions):
             half = {"rtol": TOL[torch.float16]["rtol"], "atol": TOL[torch.float32]["atol"]}
-            wanted = attention[:, rows].mean(dim=1)
-            torch.testing.assert_close(maps.by_head[number, layer].double(), wanted, **half)
-            torch.testing.assert_close(maps.mean[number, layer].double(), wanted.mean(dim=0), **half)
+            expected = attention[:, rows].mean(dim=1)
+            torch.testing.assert_close(maps.by_head[number, layer].double(), expected, **half)
+            torch.testing.assert_close(maps.mean[number, layer].double(), expected.mean(dim=0), **half)
 
 
 def test_maps_survive_the_json_round_trip(inspection):
@@ -112,15 +114,15 @@ def test_maps_survive_the_json_round_trip(inspection):
 
 
 def mean_log_likelihood(logits, ids, length):
-    each = [logits[place - 1].log_softmax(dim=0)[ids[place]] for place in range(length, len(ids))]
+    each = [logits[index - 1].log_softmax(dim=0)[ids[index]] for index in range(length, len(ids))]
     return float(sum(each) / len(each))
 
 
 def test_effects_are_changes_of_the_mean_log_likelihood(model, inspection, explicit_attention):
     _, logits, ids, length = explicit_attention
     assert inspection.log_likelihood == pytest.approx(mean_log_likelihood(logits, ids, length), **tolerance())
-    color = tuple(int(np.round(part)) for part in np.asarray(picture()).reshape(-1, 3).mean(axis=0))
-    blank = processor()(images=Image.new("RGB", (26, 18), color), text=inspection.prompt, return_tensors="pt")
+    color = tuple(int(np.round(part)) for part in np.asarray(wide_image()).reshape(-1, 3).mean(axis=0))
+    blank = build_processor()(images=Image.new("RGB", (26, 18), color), text=inspection.prompt, return_tensors="pt")
     with torch.no_grad():
         without = model(input_ids=torch.tensor([ids]), pixel_values=blank["pixel_values"]).logits[0].double()
     effects = {effect.change: effect for effect in inspection.effects}
@@ -138,7 +140,9 @@ def tolerance():
 
 
 def test_provided_answer_equals_generated_answer(model, inspection):
-    again = look(model, processor(), image=picture(), text=QUESTION, answer=inspection.answer, exclude_top_k=TOP)
+    again = look(
+        model, build_processor(), image=wide_image(), text=QUESTION, answer=inspection.answer, exclude_top_k=TOP
+    )
     assert (inspection.given, again.given, again.answer) == (False, True, inspection.answer)
     assert [token.text for token in again.tokens] == [token.text for token in inspection.tokens]
     assert again.log_likelihood == inspection.log_likelihood
@@ -176,23 +180,23 @@ def test_cropped_image_area_is_reported(inspection):
 
 
 def test_selected_layers_only(model):
-    some = look(model, processor(), image=picture(), text=QUESTION, answer="cat", layers="*layers.1.*")
+    some = look(model, build_processor(), image=wide_image(), text=QUESTION, answer="cat", layers="*layers.1.*")
     assert some.layers == ("model.language_model.layers.1.self_attn",)
     assert some.maps.layers == (0,)
     assert len(some.views["answer"].share) == 1
 
 
 def test_the_chat_template_is_used_unless_the_text_has_a_placeholder(model):
-    made = processor(chat_template=CHAT)
-    asked = look(model, made, image=picture(), text=QUESTION, answer="cat")
+    result = build_processor(chat_template=CHAT)
+    asked = look(model, result, image=wide_image(), text=QUESTION, answer="cat")
     assert asked.prompt == f"USER : <image> {QUESTION} ASSISTANT :"
-    own = look(model, made, image=picture(), text="cat <image> dog", answer="cat")
+    own = look(model, result, image=wide_image(), text="cat <image> dog", answer="cat")
     assert own.prompt == "cat <image> dog"
     assert [token.modality for token in own.tokens] == ["text", *["image"] * 9, "text", "text"]
 
 
 def test_text_only_model(tmp_path):
-    alone = look(llama(), tokenizer(), text=QUESTION, answer="a cat")
+    alone = look(build_llama(), tokenizer(), text=QUESTION, answer="a cat")
     assert (alone.target, alone.grid, alone.image, alone.names) == (None, None, None, ("text",))
     assert torch.allclose(alone.views["answer"].share, torch.ones(2, 4, 1), **TOL[torch.float32])
     assert [effect.change for effect in alone.effects if effect.change.startswith("blank")] == []
@@ -209,7 +213,7 @@ def test_model_is_not_changed(model):
     model.train()
     before, modes = torch.get_rng_state(), [part.training for part in model.modules()]
     steps, held = [], hooks(model)
-    look(model, processor(), image=picture(), text=QUESTION, max_new_tokens=2, progress=steps.append)
+    look(model, build_processor(), image=wide_image(), text=QUESTION, max_new_tokens=2, progress=steps.append)
     assert torch.equal(torch.get_rng_state(), before)
     assert [part.training for part in model.modules()] == modes
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -246,34 +250,34 @@ def test_families(name, tmp_path):
     model, inputs = family(name)
     if name == "paligemma":
         inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
-    made = FixedProcessor(inputs)
+    result = FixedProcessor(inputs)
     kind = "audio" if name == "qwen2_audio" else "image"
-    media = {"audio": np.zeros(8, dtype=np.float32)} if kind == "audio" else {"image": picture()}
-    found = look(model, made, **media, text=QUESTION, max_new_tokens=3)
-    assert found.target == kind
-    count = sum(token.modality == kind for token in found.tokens)
-    assert (found.grid.rows, found.grid.columns) == ((1, 1) if count == 1 else (1, 4) if kind == "audio" else (2, 2))
-    for view in found.views.values():
+    media = {"audio": np.zeros(8, dtype=np.float32)} if kind == "audio" else {"image": wide_image()}
+    actual = look(model, result, **media, text=QUESTION, max_new_tokens=3)
+    assert actual.target == kind
+    count = sum(token.modality == kind for token in actual.tokens)
+    assert (actual.grid.rows, actual.grid.columns) == ((1, 1) if count == 1 else (1, 4) if kind == "audio" else (2, 2))
+    for view in actual.views.values():
         assert_close(view.share.sum(dim=-1), torch.ones(view.share.shape[:-1]))
         assert_close(view.uniform.sum(dim=-1), torch.ones(len(view.uniform)))
-    assert f"goes to the {kind}" in found.report(tmp_path / "page.html").read_text()
+    assert f"goes to the {kind}" in actual.report(tmp_path / "page.html").read_text()
     # The answer does not change the attention of the tokens before it.
     answer = torch.tensor([[7, 8, 9]])
     short, long = (model(**given, use_cache=False).logits for given in (
-        made(None, "pt"), complete_inputs(made(None, "pt"), answer, model.config.model_type)
+        result(None, "pt"), complete_inputs(result(None, "pt"), answer, model.config.model_type)
     ))  # fmt: skip
     assert_close(long[:, : short.shape[1]], short)
 
 
 def test_cross_attention_layers_have_shares_but_no_maps(tmp_path):
     model, inputs = family("mllama")
-    found = look(model, FixedProcessor(inputs), image=picture(), text=QUESTION, max_new_tokens=2)
-    assert [site.split(".")[-1] for site in found.layers] == ["self_attn", "cross_attn"]
-    assert_close(found.views["answer"].share[1], torch.tensor([0.0, 1.0]).expand(4, -1))
-    assert found.maps.layers == (0,)
-    assert found.notes == ("1 of 2 layers attend to another sequence than the text; the maps omit them.",)
-    assert found.grid.why == "one token"
-    assert found.notes[0] in found.report(tmp_path / "page.html").read_text()
+    result = look(model, FixedProcessor(inputs), image=wide_image(), text=QUESTION, max_new_tokens=2)
+    assert [site.split(".")[-1] for site in result.layers] == ["self_attn", "cross_attn"]
+    assert_close(result.views["answer"].share[1], torch.tensor([0.0, 1.0]).expand(4, -1))
+    assert result.maps.layers == (0,)
+    assert result.notes == ("1 of 2 layers attend to another sequence than the text; the maps omit them.",)
+    assert result.grid.why == "one token"
+    assert result.notes[0] in result.report(tmp_path / "page.html").read_text()
 
 
 def test_grids():
@@ -302,21 +306,21 @@ def test_tokens_keep_their_leading_space():
         ({}, r"look: expected an input in addition to the text, since LlavaForConditionalGeneration takes text and "
              r"image, got text only. Give image=..., or --image FILE."),
         ({"audio": np.zeros(8)}, "expected inputs of LlavaForConditionalGeneration: text and image, got audio"),
-        ({"image": picture(), "text": "  "}, "expected a text, such as a question about the image, got none"),
-        ({"image": picture(), "answer": " "}, "look answer: expected text of at least one token without placeholders"),
-        ({"image": picture(), "answer": "cat <image>"}, "look answer: expected text of at least one token without placeholders"),
-        ({"image": picture(), "max_new_tokens": 0}, "expected max_new_tokens >= 1 and exclude_top_k >= 0"),
-        ({"image": picture(), "layers": "*nowhere*"}, r"expected a known module for layers, got '\*nowhere\*'"),
+        ({"image": wide_image(), "text": "  "}, "expected a text, such as a question about the image, got none"),
+        ({"image": wide_image(), "answer": " "}, "look answer: expected text of at least one token without placeholders"),
+        ({"image": wide_image(), "answer": "cat <image>"}, "look answer: expected text of at least one token without placeholders"),
+        ({"image": wide_image(), "max_new_tokens": 0}, "expected max_new_tokens >= 1 and exclude_top_k >= 0"),
+        ({"image": wide_image(), "layers": "*nowhere*"}, r"expected a known module for layers, got '\*nowhere\*'"),
     ],
 )  # fmt: skip
 def test_mismatched_inputs_raise(model, options, message):
     with pytest.raises(ConfigError, match=message):
-        look(model, processor(), **{"text": QUESTION, **options})
+        look(model, build_processor(), **{"text": QUESTION, **options})
 
 
 def test_image_for_a_text_model_raises():
     with pytest.raises(ConfigError, match=r"expected inputs of LlamaForCausalLM: text, got image\. Omit image"):
-        look(llama(), tokenizer(), image=picture(), text=QUESTION)
+        look(build_llama(), tokenizer(), image=wide_image(), text=QUESTION)
 
 
 @pytest.mark.parametrize(
@@ -330,12 +334,12 @@ def test_image_for_a_text_model_raises():
 def test_unreadable_image_raises(model, content, message, tmp_path):
     path = tmp_path / "cat.png"
     if content == "cut":
-        picture(200, 100).save(path)
+        wide_image(200, 100).save(path)
         content = path.read_bytes()[:300]
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(DataError, match=message):
-        look(model, processor(), image=path, text=QUESTION)
+        look(model, build_processor(), image=path, text=QUESTION)
 
 
 def test_audio_is_resampled_to_the_rate_of_the_model(tmp_path):
@@ -345,10 +349,10 @@ def test_audio_is_resampled_to_the_rate_of_the_model(tmp_path):
 
     wave = np.sin(2 * np.pi * 100 * np.arange(4000) / 8000)
     soundfile.write(tmp_path / "a.wav", np.stack([wave, wave], axis=1), 8000)
-    found = read_audio(tmp_path / "a.wav", 16000)
-    assert (found.shape, found.dtype) == ((8000,), np.float32)
+    result = read_audio(tmp_path / "a.wav", 16000)
+    assert (result.shape, result.dtype) == ((8000,), np.float32)
     middle = np.sin(2 * np.pi * 100 * np.arange(8000) / 16000)[1000:-1000]
-    assert np.abs(found[1000:-1000] - middle).max() < TOL[torch.bfloat16]["atol"]
+    assert np.abs(result[1000:-1000] - middle).max() < TOL[torch.bfloat16]["atol"]
     (tmp_path / "b.wav").write_bytes(b"nothing")
     with pytest.raises(DataError, match=r"audio '.*b\.wav': expected a sound, as WAV or FLAC"):
         read_audio(tmp_path / "b.wav", 16000)

@@ -114,7 +114,7 @@ def test_a_recipe_names_loggers(tmp_path, monkeypatch):
     assert recipes.load_recipe(out / "recipe.yaml").logger == ["csv"]
 
 
-def test_unknown_loggers_are_refused(tmp_path, capsys):
+def test_unknown_loggers_raise(tmp_path, capsys):
     assert run(["train", "--logger", "tensorbord", "--out", str(tmp_path / "out")]) == 1
     assert "Did you mean 'tensorboard'?" in capsys.readouterr().err
     for value in ("mlflow", 3, ["csv", 3], {"csv": 1}):

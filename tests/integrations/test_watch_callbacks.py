@@ -120,7 +120,7 @@ def test_layers_are_logged_one_by_one(tmp_path):
     assert set(callback.last) == {f"watch/share/{layer}/{name}" for layer in record.layers for name in NAMES}
 
 
-def test_nothing_is_opened_in_other_steps(tmp_path, monkeypatch):
+def test_no_recording_in_other_steps(tmp_path, monkeypatch):
     from equipoise.integrations import step_watcher
 
     opened = []
@@ -130,7 +130,7 @@ def test_nothing_is_opened_in_other_steps(tmp_path, monkeypatch):
     assert len(opened) == 3  # steps 0, 5 and 10 of 12
 
 
-def test_what_cannot_be_measured_is_told_once(tmp_path):
+def test_unmeasured_layers_warn_once(tmp_path):
     class Static(pl.LightningModule):
         def __init__(self):
             super().__init__()

@@ -302,7 +302,7 @@ def test_composition_metrics():
     assert full["compositionality/image"] == pytest.approx(expected, abs=1e-6)
 
 
-def test_evaluation_leaves_no_trace():
+def test_evaluation_restores_the_model_state():
     model = build_model(dropout=0.5).train()
     state = torch.random.get_rng_state()
     source = MemoryData(random_inputs(), torch.arange(5))

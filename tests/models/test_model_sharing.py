@@ -12,7 +12,7 @@ from torch import nn
 import equipoise as eq
 from equipoise.errors import ConfigError, DataError, EquipoiseError, MissingExtraError, SchemaError
 from equipoise.training.run import execute_run
-from helpers.runs import Made, job
+from helpers.runs import RandomData, run_spec
 
 FUSIONS = ["Concat", "Sum", "FiLM", "Gated", "JointAttention", "MulT", "MBT", "JMT", "MMML", "MidFusion", "MODA"]
 
@@ -88,7 +88,7 @@ def test_modules_of_the_user_are_passed(tmp_path):
         assert torch.equal(one, other)
 
 
-def test_models_with_added_weights_are_refused(tmp_path):
+def test_models_with_added_weights_raise(tmp_path):
     model = build()
     model.head = nn.Sequential(model.head, nn.Linear(3, 3))
     with pytest.raises(ConfigError, match=r"'head\.0\.bias', which was added or changed later"):
@@ -98,7 +98,7 @@ def test_models_with_added_weights_are_refused(tmp_path):
 
 @pytest.mark.parametrize("method", ["joint+rollingq", "concat+pmr", "joint+reliability", "image"])
 def test_runs_of_recipes_are_saved_without_their_data(method, tmp_path):
-    execute_run(job(method, epochs=2), tmp_path / "run")
+    execute_run(run_spec(method, epochs=2), tmp_path / "run")
     model = eq.load(tmp_path / "run")
     model.save_pretrained(tmp_path / "saved")
     loaded = eq.load(tmp_path / "saved")
@@ -112,21 +112,21 @@ def test_runs_of_recipes_are_saved_without_their_data(method, tmp_path):
 
 
 def test_the_card_has_the_findings_of_a_diagnosis(tmp_path):
-    source = Made(sizes=(64, 16, 64))
+    source = RandomData(sizes=(64, 16, 64))
     torch.manual_seed(0)
     encoders = {name: nn.Linear(shape[-1], 8) for name, shape in source.shapes.items()}
     model = eq.FusionModel(encoders, eq.fusion.Concat(8), 3)
-    found = eq.diagnose(
+    result = eq.diagnose(
         model, [source.batch("test", torch.arange(64), seed=0, epoch=0, train=False)], tests=["score", "masking"]
     )
-    model.save_pretrained(tmp_path, diagnosis=found, repo_id="user/name")
+    model.save_pretrained(tmp_path, diagnosis=result, repo_id="user/name")
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert card.startswith("---\nlibrary_name: equipoise\n")
     assert 'eq.load("user/name")' in card
     plain = card.replace("\\", "")
-    assert all(verdict.text in plain for verdict in found.verdicts)
-    assert f"| accuracy_mask/audio | {found.metrics['accuracy_mask/audio']:.4g} |" in plain
-    assert eq.Diagnosis.load(tmp_path).metrics.keys() == found.metrics.keys()
+    assert all(verdict.text in plain for verdict in result.verdicts)
+    assert f"| accuracy_mask/audio | {result.metrics['accuracy_mask/audio']:.4g} |" in plain
+    assert eq.Diagnosis.load(tmp_path).metrics.keys() == result.metrics.keys()
     renamed = eq.Diagnosis("<img src=x>", ("a",), None, 1, {"[x](y)\n# z": 1.0}, skipped={"t": "`code`|"})
     model.save_pretrained(tmp_path, diagnosis=renamed)
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
@@ -157,7 +157,7 @@ def changed(folder, change):
         lambda c: c.update(rotations=3),
     ],
 )
-def test_invalid_configurations_are_refused(change, tmp_path):
+def test_invalid_configurations_raise(change, tmp_path):
     build().save_pretrained(tmp_path)
     changed(tmp_path, change)
     with pytest.raises(EquipoiseError):
@@ -166,7 +166,7 @@ def test_invalid_configurations_are_refused(change, tmp_path):
         eq.FusionModel.from_pretrained(tmp_path)
 
 
-def test_damaged_folders_are_refused(tmp_path):
+def test_damaged_folders_raise(tmp_path):
     with pytest.raises(DataError, match=r"no config\.json"):
         eq.FusionModel.from_pretrained(tmp_path)
     build().save_pretrained(tmp_path)

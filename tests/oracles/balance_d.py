@@ -33,11 +33,11 @@ def growth(traces, window=10):
 
 
 def restraint(scores, rates, strength, threshold):
-    found = []
+    result = []
     for m, score in enumerate(scores):
         gap = score - mean(s for n, s in enumerate(scores) if n != m)
-        found.append(strength * math.exp(math.tanh(gap)) if gap > 0 and rates[m] > threshold else 0.0)
-    return found
+        result.append(strength * math.exp(math.tanh(gap)) if gap > 0 and rates[m] > threshold else 0.0)
+    return result
 
 
 def cggm_terms(progress):
@@ -61,12 +61,12 @@ def energy_weight(scores, scale):
 
 def ranking(weights, losses):
     """Ranking loss of the weights of all samples, neighbors in a ring."""
-    found = []
+    result = []
     for i in range(len(weights)):
         j = (i + 1) % len(weights)
         sign = (losses[i] > losses[j]) - (losses[i] < losses[j])
-        found.append(max(0.0, sign * (weights[i] - weights[j]) + abs(losses[i] - losses[j])))
-    return mean(found)
+        result.append(max(0.0, sign * (weights[i] - weights[j]) + abs(losses[i] - losses[j])))
+    return mean(result)
 
 
 def scaled(values, others=()):

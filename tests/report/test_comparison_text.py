@@ -6,14 +6,14 @@ from equipoise.report import comparison_text
 from equipoise.report.effect_sizes import between, effect
 from equipoise.report.results_view import ResultsView
 from equipoise.results import result_rows
-from helpers.fake_results import attending, fake_results, one, read
+from helpers.fake_results import fake_results, fake_run, fake_run_with_r, results_view
 
 
 def text_of_results(base, balanced, metric="noise_attention_r", **extra):
     """Verdict on a base and a balanced fusion with these figures, one for each seed."""
-    runs = [one("joint", s, **{metric: b, **extra}) for s, b in enumerate(base)]
-    runs += [one("joint+x", s, **{metric: b, **extra}) for s, b in enumerate(balanced)]
-    readings = read(runs, noise_modality="audio")
+    runs = [fake_run("joint", s, **{metric: b, **extra}) for s, b in enumerate(base)]
+    runs += [fake_run("joint+x", s, **{metric: b, **extra}) for s, b in enumerate(balanced)]
+    readings = results_view(runs, noise_modality="audio")
     return comparison_text.headline(readings), " ".join(comparison_text.verdict(readings))
 
 
@@ -65,7 +65,7 @@ def test_verdict_for_one_seed():
 
 def run_with_outcomes(method, right, seed=0, fold=None):
     """A run with the outcome of each test sample."""
-    run = one(method, seed, fold, accuracy=right.count("1") / len(right.replace("-", "")))
+    run = fake_run(method, seed, fold, accuracy=right.count("1") / len(right.replace("-", "")))
     return run | {"outcomes": {"accuracy": right}}
 
 
@@ -73,21 +73,21 @@ FEW, MANY = "1" * 60 + "0" * 40, "1" * 75 + "0" * 25
 
 
 def test_one_seed_is_tested_over_samples():
-    readings = read([run_with_outcomes("concat", FEW), run_with_outcomes("joint", MANY)])
-    found = effect(readings, "joint", "accuracy")
+    readings = results_view([run_with_outcomes("concat", FEW), run_with_outcomes("joint", MANY)])
+    result = effect(readings, "joint", "accuracy")
     # Mid-p of McNemar's test: 15 samples that only one answers rightly, all of them the same one.
-    assert found.p == pytest.approx(2 * 0.5**15 - 0.5**15)
-    assert between(readings, "joint", "concat", "accuracy").p == found.p
-    assert found.proof == "+15.0 points, one seed only, p < 0.001 over the test samples"
+    assert result.p == pytest.approx(2 * 0.5**15 - 0.5**15)
+    assert between(readings, "joint", "concat", "accuracy").p == result.p
+    assert result.proof == "+15.0 points, one seed only, p < 0.001 over the test samples"
     assert comparison_text.headline(readings) == "joint has a higher accuracy than concat (+15.0 points, one seed only)"
     text = " ".join(comparison_text.verdict(readings))
     assert text.startswith("Every method was run on one seed only, so scores are compared over the test samples")
-    assert f"accuracy is significantly higher, 75.0 % instead of 60.0 % ({found.proof})" in text
+    assert f"accuracy is significantly higher, 75.0 % instead of 60.0 % ({result.proof})" in text
     assert "the difference to the second best, concat, is significant" in text
 
 
 def test_one_seed_without_a_significant_difference():
-    readings = read([run_with_outcomes("concat", FEW), run_with_outcomes("joint", FEW[3:] + "101")])
+    readings = results_view([run_with_outcomes("concat", FEW), run_with_outcomes("joint", FEW[3:] + "101")])
     assert effect(readings, "joint", "accuracy").p > 0.05
     assert comparison_text.headline(readings) == "No significant difference between concat and joint"
     assert "accuracy does not differ significantly, 59.0 % instead of 60.0 %" in " ".join(
@@ -100,7 +100,7 @@ def test_one_seed_with_outcomes_of_different_samples(outcomes):
     other = {**run_with_outcomes("joint", MANY), "outcomes": outcomes}
     if outcomes is None:
         del other["outcomes"]
-    readings = read([run_with_outcomes("concat", FEW), other])
+    readings = results_view([run_with_outcomes("concat", FEW), other])
     assert effect(readings, "joint", "accuracy").p is None
     assert comparison_text.headline(readings) == "Comparison of concat and joint without a statistical test"
     assert "no difference can be tested" in comparison_text.verdict(readings)[0]
@@ -108,11 +108,11 @@ def test_one_seed_with_outcomes_of_different_samples(outcomes):
 
 def test_several_seeds_are_tested_over_seeds():
     seeds = [run_with_outcomes(m, right, seed) for seed in (0, 1) for m, right in (("concat", FEW), ("joint", MANY))]
-    assert effect(read(seeds), "joint", "accuracy").p is None
+    assert effect(results_view(seeds), "joint", "accuracy").p is None
     seeds[-1] = run_with_outcomes("joint", MANY[2:] + "00", 1)
-    found = effect(read(seeds), "joint", "accuracy")
-    assert found.p == pytest.approx(result_rows.paired([0.15, 0.13])["p"])
-    assert "samples" not in found.proof
+    result = effect(results_view(seeds), "joint", "accuracy")
+    assert result.p == pytest.approx(result_rows.paired([0.15, 0.13])["p"])
+    assert "samples" not in result.proof
 
 
 def test_equal_differences_are_never_significant():
@@ -127,8 +127,8 @@ def test_attention_without_consistent_response():
 
 
 def compared_runs(figures_of, metric="accuracy", **protocol):
-    runs = [one(m, s, **{metric: a}) for m, values in figures_of.items() for s, a in enumerate(values)]
-    return read(runs, modalities=["audio", "image"], **protocol)
+    runs = [fake_run(m, s, **{metric: a}) for m, values in figures_of.items() for s, a in enumerate(values)]
+    return results_view(runs, modalities=["audio", "image"], **protocol)
 
 
 def test_headline_has_the_largest_significant_effect():
@@ -165,24 +165,24 @@ def test_values_and_tests_are_consistent_across_sentences():
     """Headline, sentences, table and captions take each difference from the same value."""
     readings = compared_runs({"concat": (0.6, 0.61, 0.62), "joint": (0.6, 0.63, 0.61), "joint+x": (0.7, 0.71, 0.74)})
     for method in ("joint", "joint+x"):
-        found = effect(readings, method, "accuracy")
+        result = effect(readings, method, "accuracy")
         row = readings.row(method, "accuracy")
-        assert found.sure == (row["p"] < 0.05)
-        assert found.difference == pytest.approx(row["difference"])
+        assert result.sure == (row["p"] < 0.05)
+        assert result.difference == pytest.approx(row["difference"])
         text = " ".join(comparison_text.verdict(readings))
-        assert found.sentence in text
-        assert found.proof in comparison_text.differences_text(readings, "accuracy")
-        assert ("does not differ significantly" in found.sentence) != found.sure
-        assert comparison_text.headline(readings).startswith(f"{method} ") == found.sure
+        assert result.sentence in text
+        assert result.proof in comparison_text.differences_text(readings, "accuracy")
+        assert ("does not differ significantly" in result.sentence) != result.sure
+        assert comparison_text.headline(readings).startswith(f"{method} ") == result.sure
 
 
 def test_missing_reference_is_reported():
-    runs = [one("concat", 0, accuracy=0.5), one("ensemble+x", 0, accuracy=0.6)]
+    runs = [fake_run("concat", 0, accuracy=0.5), fake_run("ensemble+x", 0, accuracy=0.6)]
     protocol = {"references": {"ensemble+x": "heads+x"}}
     content = result_rows.build_results(runs, protocol)
     assert {row["method"]: row["reference"] for row in content["summary"]} == {"concat": None, "ensemble+x": None}
     assert comparison_text.notices(content) == ["ensemble+x is not compared: its reference heads+x was not run."]
-    both = result_rows.build_results([*runs, one("heads+x", 0, accuracy=0.55)], protocol)
+    both = result_rows.build_results([*runs, fake_run("heads+x", 0, accuracy=0.55)], protocol)
     assert {row["method"]: row["reference"] for row in both["summary"]}["ensemble+x"] == "heads+x"
     assert comparison_text.notices(both) == []
     # A comparison without a summary yet has the same references.
@@ -204,10 +204,12 @@ def test_verdict_compares_fusions_with_the_best_single_modality():
 
 
 def test_verdict_without_results():
-    assert comparison_text.verdict(read([])) == ["No run has finished yet."]
-    assert comparison_text.headline(read([])) == "No run yet"
-    assert comparison_text.verdict(read([one("m", 0), one("m", 1)])) == ["No metric is defined for any run."]
-    assert comparison_text.headline(read([one("m", 0)])) == "Results of m"
+    assert comparison_text.verdict(results_view([])) == ["No run has finished yet."]
+    assert comparison_text.headline(results_view([])) == "No run yet"
+    assert comparison_text.verdict(results_view([fake_run("m", 0), fake_run("m", 1)])) == [
+        "No metric is defined for any run."
+    ]
+    assert comparison_text.headline(results_view([fake_run("m", 0)])) == "Results of m"
 
 
 def test_sentences_state_the_direction_of_attention():
@@ -228,8 +230,10 @@ def test_sentences_state_the_direction_of_attention():
 
 
 def test_sentences_name_the_corrupted_modality_of_each_method():
-    runs = [attending("joint", s, "audio") for s in (0, 1)] + [attending("joint+x", s, "image") for s in (0, 1)]
-    readings = read(runs, noise_modality="the one attended most")
+    runs = [fake_run_with_r("joint", s, "audio") for s in (0, 1)] + [
+        fake_run_with_r("joint+x", s, "image") for s in (0, 1)
+    ]
+    readings = results_view(runs, noise_modality="the one attended most")
     assert (readings.noise_modality, readings.disturbed("joint"), readings.disturbed("joint+x")) == (
         None,
         "audio",
@@ -240,13 +244,13 @@ def test_sentences_name_the_corrupted_modality_of_each_method():
     assert "In joint+x, replacing image by noise moves attention away from it" in text
     assert comparison_text.headline(readings) == "Comparison of joint and joint+x without a statistical test"
     with_accuracy = [run | {"metrics": run["metrics"] | {"accuracy": 0.5}} for run in runs]
-    text = " ".join(comparison_text.verdict(read(with_accuracy)))
+    text = " ".join(comparison_text.verdict(results_view(with_accuracy)))
     assert "accuracy is the same, 50.0 %; r is not compared, since no pair of runs replaced the same modality" in text
 
 
 def test_unfinished_and_failed_runs_are_reported():
     assert comparison_text.notices({"runs": []}) == []
     assert comparison_text.notices({"runs": [], "complete": True, "failures": []}) == []
-    (said,) = comparison_text.notices({"runs": [], "complete": False, "failures": [
+    (message,) = comparison_text.notices({"runs": [], "complete": False, "failures": [
         {"method": "joint", "seed": 3, "fold": "A", "error": "loss is NaN", "kind": "NonFiniteError"}]})  # fmt: skip
-    assert said == "joint, seed 3, fold A failed and is not included: loss is NaN"
+    assert message == "joint, seed 3, fold A failed and is not included: loss is NaN"

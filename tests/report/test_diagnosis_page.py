@@ -256,7 +256,7 @@ def test_figures_have_labels_and_captions(opened_page, deep_diagnosis, static_di
 
 
 def explorer(view):
-    """Rows of the explorer: who reads -> what stands in the cells."""
+    """Rows of the explorer: querying modality -> texts of the cells."""
     rows = view.locator("#explorer-body tr").all()
     return {row.locator("th").inner_text(): row.locator("td").all_inner_texts() for row in rows}
 

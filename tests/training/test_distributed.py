@@ -143,7 +143,7 @@ def test_two_processes_match_one_with_doubled_batch(results):
 
 
 def test_half_of_the_data_gives_a_different_rotation():
-    """The equality above is worth something: the statistics of one process are not those of both."""
+    """Control for the equality above: the statistics of one process differ from those of both."""
     rotations = []
     for take in (slice(0, 2), slice(0, 1), slice(1, 2)):
         model = joint_model()

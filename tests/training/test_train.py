@@ -53,7 +53,7 @@ def test_resumed_run_is_bit_exact(case, tmp_path):
 
 
 def test_skipped_rotation_warns_once_per_epoch(tmp_path):
-    """The journal asks whether a rotation is due, and keeps to itself what the balancer will say."""
+    """The history callback checks whether a rotation is due and suppresses the warning that the balancer will give."""
     still = {"rollingq": {"beta": 0.0, "rho": 1.0, "warmup_epochs": 1}}
     real = RollingQ._step
 
@@ -68,7 +68,7 @@ def test_skipped_rotation_warns_once_per_epoch(tmp_path):
 
 
 def test_resumed_run_does_not_restart(tmp_path):
-    """The equality above is worth something: the second sitting trains only what is missing."""
+    """Control for the equality above: the resumed run trains only the missing epochs."""
     with pytest.raises(Interruption):
         execute_run(run_spec(), tmp_path, progress=raise_at(3))
     seen = []

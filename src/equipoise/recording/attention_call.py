@@ -50,7 +50,7 @@ class AttentionCall:
         softcap: scores s become softcap tanh(s / softcap).
         offsets: added to the scores after the softcap; only together with one.
         attention: (batch, head, query, key), where the model itself has written it out.
-        modality, names: labels of the keys, where the layer itself knows them.
+        modality, names: labels of the keys, where the layer itself provides them.
         added: keys at the end that the layer adds by itself, and that belong to no modality.
         reads_itself: the queries are the first of the tokens that are read, so what masks keys masks them too.
         sources: what queries and keys are projected from, where the projection itself is not followed.

@@ -23,7 +23,7 @@ def shards(lengths, opened=None, size=3):
 
 
 def everything(lengths):
-    return [1000 * shard + place for shard, length in enumerate(lengths) for place in range(length)]
+    return [1000 * shard + index for shard, length in enumerate(lengths) for index in range(length)]
 
 
 def rows(order, positions):
@@ -38,14 +38,14 @@ def rows(order, positions):
 def test_every_row_once_in_any_batches(lengths, buffer, seed, size):
     total = sum(lengths)
     order = StreamOrder(lengths, shards(lengths), buffer_size=buffer, seed=(seed, 1))
-    whole = rows(order, range(total))
-    assert sorted(whole) == everything(lengths)
+    full = rows(order, range(total))
+    assert sorted(full) == everything(lengths)
     again = StreamOrder(lengths, shards(lengths), buffer_size=buffer, seed=(seed, 1))
     batches = [range(start, min(start + size, total)) for start in range(0, total, size)]
-    assert [row for batch in batches for row in rows(again, batch)] == whole
+    assert [row for batch in batches for row in rows(again, batch)] == full
     # Any other order of positions, also backward.
     backward = StreamOrder(lengths, shards(lengths), buffer_size=buffer, seed=(seed, 1))
-    assert [rows(backward, batch) for batch in batches[::-1]] == [[whole[p] for p in batch] for batch in batches[::-1]]
+    assert [rows(backward, batch) for batch in batches[::-1]] == [[full[p] for p in batch] for batch in batches[::-1]]
 
 
 def test_stored_order():
@@ -57,26 +57,26 @@ def test_stored_order():
 
 def test_epochs_and_seeds_differ():
     lengths = [20] * 5
-    found = [
+    result = [
         rows(StreamOrder(lengths, shards(lengths), buffer_size=50, seed=seed), range(100))
         for seed in ((0, 0), (0, 1), (1, 0))
     ]
-    assert len({tuple(one) for one in found}) == 3
+    assert len({tuple(one) for one in result}) == 3
     # Blocks mix the rows of all lanes from the start.
-    assert len({row // 1000 for row in found[0][:20]}) == 5
+    assert len({row // 1000 for row in result[0][:20]}) == 5
 
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_processes_open_only_their_shards(world):
     lengths = [10] * 16
-    found = []
+    result = []
     for rank in range(world):
         opened = []
         order = StreamOrder(lengths, shards(lengths, opened), buffer_size=16, seed=(0, 0))
-        found.append(rows(order, np.arange(160)[rank::world]))
+        result.append(rows(order, np.arange(160)[rank::world]))
         assert len(opened) == len(set(opened)) == 16 // world
-    whole = rows(StreamOrder(lengths, shards(lengths), buffer_size=16, seed=(0, 0)), range(160))
-    assert [found[place % world][place // world] for place in range(160)] == whole
+    full = rows(StreamOrder(lengths, shards(lengths), buffer_size=16, seed=(0, 0)), range(160))
+    assert [result[index % world][index // world] for index in range(160)] == full
 
 
 def test_rows_in_memory_are_bounded():
