@@ -316,7 +316,7 @@ class LossReplacing(Balancer):
 
 
 class Conflicting(Balancer):
-    excludes: ClassVar = {"Turning": "there is no turn to take"}
+    excludes: ClassVar = {"MultiStep": "there is no turn to take"}
 
 
 @pytest.mark.parametrize(
@@ -324,11 +324,11 @@ class Conflicting(Balancer):
     [
         (
             (MultiStep, MultiStep),
-            "got Turning and Turning, which both take several steps on each batch. Leave one of them out",
+            "got MultiStep and MultiStep, which both take several steps on each batch. Leave one of them out",
         ),
         ((LossReplacing, LossReplacing), "both replace the task loss"),
-        ((MultiStep, Conflicting), "got Excluding with Turning: there is no turn to take. Leave one of them out"),
-        ((Conflicting, MultiStep), "got Excluding with Turning: there is no turn to take"),
+        ((MultiStep, Conflicting), "got Conflicting with MultiStep: there is no turn to take. Leave one of them out"),
+        ((Conflicting, MultiStep), "got Conflicting with MultiStep: there is no turn to take"),
     ],
 )
 def test_conflict_errors_give_the_reason(kinds, message):

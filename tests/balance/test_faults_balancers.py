@@ -129,7 +129,7 @@ def test_scaling_a_shared_encoder_raises():
     partly = torch.nn.Sequential(one, torch.nn.Linear(8, 8)), torch.nn.Sequential(one, torch.nn.Linear(8, 8))
     for encoders in ({"left": one, "right": one}, dict(zip(("left", "right"), partly, strict=True))):
         model = eq.FusionModel(encoders, eq.fusion.Concat(8), 2)
-        with pytest.raises(ConfigError, match="Fixed: expected encoders without shared parameters"):
+        with pytest.raises(ConfigError, match="ConstantScale: expected encoders without shared parameters"):
             eq.BalancerList(model, [ConstantScale()])
 
 

@@ -153,12 +153,12 @@ def test_rotary_positions_warn():
         (
             lambda: GroupedAttention(DIM, 4, 4),
             {"query": "query", "key": "k_proj", "num_heads": 4, "names": NAMES},
-            r"Linear named 'query' in Reader, got no such module\. Linear layers in this module: q_proj, k_proj, v_proj",
+            r"Linear named 'query' in GroupedAttention, got no such module\. Linear layers in this module: q_proj, k_proj, v_proj",
         ),
         (
             lambda: DecoderLayer(DIM, 4),
             {"query": "cross", "key": "cross.k_proj", "num_heads": 4, "names": NAMES},
-            r"a torch.nn.Linear named 'cross' in DecoderLayer, got Reader\.",
+            r"a torch.nn.Linear named 'cross' in DecoderLayer, got GroupedAttention\.",
         ),
         (
             lambda: GroupedAttention(DIM, 4, 4),

@@ -441,18 +441,18 @@ def test_unsupported_attention_raises():
         torch.zeros(3, 7, 12),
         torch.tensor([0, 0, 1, 1, 1]),
     )
-    message = r"got 'Reader', but it has 7 keys, and modality is given for 5. Give one label for each key"
+    message = r"got 'GroupedAttention', but it has 7 keys, and modality is given for 5. Give one label for each key"
     with pytest.raises(ConfigError, match=message), without_modality(layer, "0", modality=short):
         layer(tokens)
-    message = r"without_modality changed only some of the calls of 'Reader', but it has 7 keys, and modality is given"
+    message = r"without_modality changed only some of the calls of 'GroupedAttention', but it has 7 keys, and modality is given"
     block = contextlib.ExitStack()
     result = block.enter_context(without_modality(layer, "0", modality=short))
     layer(tokens[:, :5])
     layer(tokens)
     with pytest.warns(UserWarning, match=message):
         block.close()
-    assert result.changed == ("Reader",)
-    assert list(result.missing) == ["Reader"]
+    assert result.changed == ("GroupedAttention",)
+    assert list(result.missing) == ["GroupedAttention"]
     clip, prompt = family("clip")
     message = "attention with keys of 'image', got unimodal encoders only. They do not attend"
     with pytest.raises(ConfigError, match=message), torch.no_grad(), without_modality(clip, "image"):

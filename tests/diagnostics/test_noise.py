@@ -229,11 +229,11 @@ def test_unsupported_models_raise():
         input_statistics([[torch.zeros(2, 3)]], "audio", who="noise_response")
     foreign = UnnamedModel(3, 2).double()
     with pytest.raises(
-        ConfigError, match=r"read: expected a FusionModel, or .* got Nameless without names\. Set model"
+        ConfigError, match=r"read: expected a FusionModel, or .* got UnnamedModel without names\. Set model"
     ):
         noise_response(foreign, [batch()])
     foreign.names = ("audio", "image")
-    with pytest.raises(ConfigError, match=r"got Nameless that returns Tensor\. Set .* return equipoise\.Output"):
+    with pytest.raises(ConfigError, match=r"got UnnamedModel that returns Tensor\. Set .* return equipoise\.Output"):
         collect_predictions(foreign, [batch()])
 
 

@@ -273,7 +273,9 @@ def test_clipping_after_the_balancers(tmp_path):
     ours = gradient_norms(tmp_path, lambda model: [GradientScaler()], callback={"clip": clip})
     assert ours["audio"] == pytest.approx(0.25 * clip / after * full["audio"], rel=1e-4)
     assert ours["image"] == pytest.approx(clip / after * full["image"], rel=1e-4)
-    with pytest.warns(UserWarning, match=r"clips gradients before Slower changes them.*BalancerCallback\(clip=0\.1\)"):
+    with pytest.warns(
+        UserWarning, match=r"clips gradients before GradientScaler changes them.*BalancerCallback\(clip=0\.1\)"
+    ):
         theirs = gradient_norms(tmp_path, lambda model: [GradientScaler()], max_grad_norm=clip)
     assert theirs["audio"] == pytest.approx(0.25 * clip / norm * full["audio"], rel=1e-4)
     assert theirs["image"] == pytest.approx(clip / norm * full["image"], rel=1e-4)

@@ -324,7 +324,7 @@ def test_for_data_and_recipe_options():
         {name: values[:, None] for name, values in random_inputs().items()}, torch.zeros(5, 2, 1).long()
     )
     with pytest.raises(
-        ConfigError, match=r"expected data with one item per sample.*got Source for retrieval.*items: 1"
+        ConfigError, match=r"expected data with one item per sample.*got MemoryData for retrieval.*items: 1"
     ):
         DualEncoder.for_data(scenes, build_encoders("image", "text"))
 

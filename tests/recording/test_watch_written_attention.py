@@ -181,10 +181,10 @@ class MixedAttention(nn.Module):
 
 def test_both_kinds_in_one_module():
     model = MixedAttention()
-    message = "some batches of 'Both' are not in the table"
+    message = "some batches of 'MixedAttention' are not in the table"
     with pytest.warns(UserWarning, match=message), eq.watch(model, modality=LABELS, names=("a", "b")) as record:
         model(TOKENS)
-    assert (record.layers, list(record.missing)) == (["Both"], ["Both"])
+    assert (record.layers, list(record.missing)) == (["MixedAttention"], ["MixedAttention"])
 
 
 class AttentionPool(nn.Module):
