@@ -122,7 +122,7 @@ def test_numbers_are_divided_into_classes_of_equal_size():
     assert found.alone["image"] < CLOSE
 
 
-def test_samples_that_lack_a_modality_are_left_out():
+def test_samples_without_a_modality_are_excluded():
     features, target = known("copy", 60)
     features["image"][:10] = torch.nan
     features["audio"][5:15] = torch.inf
