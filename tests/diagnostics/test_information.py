@@ -15,7 +15,7 @@ from equipoise.diagnostics import decompose_information, information
 from equipoise.diagnostics.information_decomposition import pointwise_interaction
 from equipoise.errors import ConfigError, MissingExtraError, ShapeError
 from equipoise.report.verdict_list import verdicts
-from helpers.fusion import batch, model
+from helpers.fusion import batch, joint_model
 
 SAMPLES, CLOSE = 300, 0.1
 values = st.lists(st.tuples(*[st.floats(0, 9)] * 2, *[st.floats(-1, 3)] * 3), min_size=1, max_size=9)
@@ -176,7 +176,7 @@ def test_a_model_that_uses_the_synergy_and_one_that_does_not():
 
 
 def said(made, loader):
-    diagnosis = eq.diagnose(made, loader, tests=["information"])
+    diagnosis = eq.diagnose(model, loader, tests=["information"])
     assert not diagnosis.skipped, diagnosis.skipped
     return diagnosis, {verdict.key: verdict for verdict in diagnosis.verdicts}
 
@@ -212,31 +212,31 @@ def test_verdicts_need_more_than_the_accuracy_of_the_estimate():
     assert keys(1.0, 0.5, 0.5, 0.3) == ["cannot gain from fusion", "uses all information of its encoders"]
 
 
-def test_it_runs_only_if_it_is_named_and_says_why_not():
-    made, loader = model(), [batch(size=7)]
-    assert "information" not in eq.diagnose(made, loader, tests=["score"]).details
-    diagnosis = eq.diagnose(made, loader, tests=["information"])
+def test_runs_only_if_requested_and_reports_the_reason_for_skipping():
+    model, loader = joint_model(), [batch(size=7)]
+    assert "information" not in eq.diagnose(model, loader, tests=["score"]).details
+    diagnosis = eq.diagnose(model, loader, tests=["information"])
     assert "20 samples with all modalities" in diagnosis.skipped["information"]
     labels = eq.FusionModel({n: nn.Linear(3, 8) for n in "ab"}, eq.fusion.Concat(8), 2, task="multilabel")
     with pytest.raises(ConfigError, match="information: expected a classification or regression model of two or more"):
         information(labels, [])
 
 
-def test_a_modality_that_some_samples_lack():
-    made = model()
+def test_uses_samples_with_all_modalities():
+    model = joint_model()
     whole = batch(size=60, missing=("audio", "image"))
-    found = information(made, [whole], folds=2)
+    found = information(model, [whole], folds=2)
     assert found.samples == 20
     assert math.isfinite(found.joint)
 
 
-def test_a_missing_package_is_named_before_any_computation(monkeypatch):
+def test_missing_package_is_reported_before_any_computation(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn", None)
     with pytest.raises(MissingExtraError, match=r"expected the package 'scikit-learn'.*equipoise\[train\]"):
         decompose_information(*known("copy", 60))
 
 
-def test_errors():
+def test_rejects_invalid_inputs():
     features, target = known("copy", 60)
     with pytest.raises(
         ConfigError, match="decompose_information: expected two or more modalities and folds >= 2, got 1"
