@@ -176,7 +176,7 @@ def test_a_model_that_uses_the_synergy_and_one_that_does_not():
 
 
 def said(made, loader):
-    diagnosis = eq.diagnose(model, loader, tests=["information"])
+    diagnosis = eq.diagnose(made, loader, tests=["information"])
     assert not diagnosis.skipped, diagnosis.skipped
     return diagnosis, {verdict.key: verdict for verdict in diagnosis.verdicts}
 
