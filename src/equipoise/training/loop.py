@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import NonFiniteError
+from ..nn.distributed import all_reduce_sum
 from ..tokens.masks import without_masked
 from .recipes import TrainOptions
 
@@ -49,6 +50,21 @@ class TrainingLoop(pl.LightningModule, ABC):
             bar = name == "loss"
             self.log(name, value, on_step=False, on_epoch=True, prog_bar=bar, batch_size=size, sync_dist=True)
         return loss
+
+    def on_validation_epoch_start(self) -> None:
+        self._means: dict[str, list[tuple[Tensor, int]]] = {}
+
+    def add_to_mean(self, name: str, value: Tensor, count: int) -> None:
+        """Adds the mean of ``count`` validation samples to a mean over all samples of all processes."""
+        self._means.setdefault(name, []).append((value.detach(), count))
+
+    def on_validation_epoch_end(self) -> None:
+        for name, parts in self._means.items():
+            # Lightning's own reduction truncates the mean number of samples of a process to a whole number.
+            count = torch.tensor([float(count) for _, count in parts])
+            sums = torch.stack([value.float() for value, _ in parts]).cpu() * count
+            total = all_reduce_sum(torch.stack([sums.double().sum(), count.double().sum()]).float().to(self.device))
+            self.log(name, total[0] / total[1], prog_bar=name.startswith("val_"), sync_dist=True)
 
     def configure_optimizers(self) -> Any:
         options = self.options

@@ -13,6 +13,7 @@ from ..diagnostics.prediction_collection import collect_with_attention
 from ..diagnostics.task_scores import SCORES, task_score
 from ..models.fusion_model import FusionModel
 from ..models.self_contained import SelfContainedModel
+from ..nn.distributed import all_reduce_sum
 from ..results.task_metrics import select_metrics
 from .loop import TrainingLoop
 from .recipes import TrainOptions
@@ -69,13 +70,18 @@ class BalancedTraining(TrainingLoop):
         self.balancing.before_step()
 
     def on_validation_epoch_start(self) -> None:
+        super().on_validation_epoch_start()
         self._angles: dict[str, list[Tensor]] = {"cosine": [], "key_norm": []}
         self._predictions: list[tuple[Tensor, Tensor]] = []
 
     def on_validation_epoch_end(self) -> None:
+        super().on_validation_epoch_end()
         if self._angles["cosine"] and len(self.model.names) > 1:
-            first, *others = torch.cat(self._angles["cosine"]).nanmean(dim=(0, 1))
-            self.log("air", (first - torch.stack(others).mean()).to(self.device), sync_dist=True)
+            cosine = torch.cat(self._angles["cosine"])
+            sums = torch.stack([cosine.nansum(dim=(0, 1)), (~cosine.isnan()).sum(dim=(0, 1)).to(cosine)])
+            total, count = all_reduce_sum(sums.to(self.device))
+            first, *others = total / count
+            self.log("air", first - torch.stack(others).mean(), sync_dist=True)
         if self._metrics and self._predictions:
             logits, target = (torch.cat(parts) for parts in zip(*gather_predictions(self._predictions), strict=True))
             for metric in self._metrics:
@@ -88,12 +94,12 @@ class BalancedTraining(TrainingLoop):
             output = self.model(batch)
         target = batch["target"]
         score, task = task_score(output.logits, target, self.model.task), self.model.task
-        self.log(f"val_{SCORES[task]}", score, prog_bar=True, batch_size=len(target), sync_dist=True)
+        self.add_to_mean(f"val_{SCORES[task]}", score, len(target))
         if self._metrics:
             self._predictions.append((output.logits.detach().float().cpu(), target.detach().cpu()))
         if output.share is not None:
             for index, name in enumerate(output.names):
-                self.log(f"share/{name}", output.share[..., index].mean(), batch_size=len(target), sync_dist=True)
+                self.add_to_mean(f"share/{name}", output.share[..., index].mean(), len(target))
 
 
 class SelfContainedTraining(TrainingLoop):
@@ -122,4 +128,4 @@ class SelfContainedTraining(TrainingLoop):
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         loss, _ = self.compute_loss(batch)
-        self.log("val_loss", loss, prog_bar=True, batch_size=len(batch["target"]), sync_dist=True)
+        self.add_to_mean("val_loss", loss, len(batch["target"]))
