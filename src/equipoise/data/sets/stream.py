@@ -171,7 +171,8 @@ class StreamDataset(Dataset):
 
     def _warn_of_sorted_rows(self, changes: int) -> None:
         shards = int((self.rows.counts[:, SPLITS.index("train")] > 0).sum())
-        if shards == 1 and self.task == "classification" and changes * self.buffer_size < len(self.train):
+        rows = len(self.train)
+        if shards == 1 and self.task == "classification" and max(1, changes) * self.buffer_size < rows:
             warnings.warn(
                 f"stream: the training rows are sorted by '{self.targets[0]}' in one shard, and only {self.buffer_size} "
                 "rows are shuffled together; most batches have one class. Shuffle the data once, or raise buffer_size.",

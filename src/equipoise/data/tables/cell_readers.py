@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -156,16 +157,39 @@ def _video(file: Path | bytes, who: str) -> tuple[Callable[[int], Any], int]:
 
     if isinstance(file, Path) and not file.is_file():
         raise DataError(who, expected="a video", got=f"no file '{file}'")
+    if not (len(file) if isinstance(file, bytes) else file.stat().st_size):
+        raise DataError(who, expected="a video", got="an empty file")
     try:
         from torchcodec.decoders import VideoDecoder  # type: ignore[import-not-found]
     except (ImportError, RuntimeError, OSError) as error:
         raise DataError(
             who, expected="torchcodec with FFmpeg, which decodes videos", got="none on this computer",
-            fix="Install FFmpeg and pip install 'equipoise[av]', or extract the frames to a folder of images per video.",
+            fix="Install FFmpeg and pip install 'equipoise[av]' in a version for this torch (python -c 'import torchcodec' "
+            "names the missing library), or extract the frames to a folder of images per video.",
         ) from error  # fmt: skip
     try:
         decoder = VideoDecoder(file if isinstance(file, bytes) else str(file))
         frames = len(decoder)
     except (RuntimeError, ValueError) as error:
-        raise DataError(who, expected="a complete video", got=" ".join(str(error).split())[:160]) from error
-    return lambda index: Image.fromarray(decoder[index].permute(1, 2, 0).numpy()), frames
+        raise DataError(who, expected="a complete video", got=_decoding_error(error)) from error
+
+    def load(index: int) -> Image.Image:
+        try:
+            return Image.fromarray(decoder[index].permute(1, 2, 0).numpy())
+        except (RuntimeError, IndexError) as error:
+            raise DataError(
+                who, expected="a complete video", got=f"frame {index} of {frames}: {_decoding_error(error)}",
+                fix="Is the file truncated?",
+            ) from error  # fmt: skip
+
+    return load, frames
+
+
+def _decoding_error(error: Exception) -> str:
+    """Returns the message of torchcodec without the place in its source."""
+    text = re.sub(r"^.*?\.cpp:\d+, ", "", " ".join(str(error).split()))
+    if "best video stream is unknown" in text:
+        return "no video stream"
+    if text.startswith("Could not open input file"):
+        return "a file of another kind, or a truncated one"
+    return text[:160].rstrip(". ") or type(error).__name__
