@@ -351,7 +351,7 @@ def test_edited_results_raise(comparison_copy, capfd):
     (out / "results.json").write_text(json.dumps(content))
     with pytest.raises(SchemaError, match="expected unmodified content, got content that does not match its checksum"):
         result_rows.load_results(out)
-    assert "changed since. Delete it and run the command" in error_message(capfd, "report", out)
+    assert "does not match its checksum. Delete it and run the command" in error_message(capfd, "report", out)
     result_rows.write_results(
         out / "results.json", {name: value for name, value in content.items() if name != "checksum"}
     )

@@ -133,7 +133,7 @@ def test_key_plot_shows_the_noise_level():
     state["noise"]["audio"] = part([2, 2])
     assert readings.replaced("joint", "after") == "audio"
     state["noise"]["audio"] = part([1, 3])
-    assert "With noise, image has a mean cosine of +0.50 (+0.75)" in comparison_text.keys_text(
+    assert "With noise, the mean cosine of image changes by +0.75 to +0.50" in comparison_text.keys_text(
         readings, "joint", "after"
     )
 
