@@ -206,26 +206,26 @@ def _modality(options: Namespace, trained: TrainedRun, names: tuple[str, ...]) -
 
 @dataclass(frozen=True)
 class _Noise:
-    """Batches of noise in the shapes of the test split."""
+    """Batches of noise in the shapes of the test split, with its masks and times."""
 
     source: Dataset
     names: tuple[str, ...]
     seed: int
 
-    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        from .. import data
+
         # Use another seed than the noise that replaces one modality.
         generator = torch.Generator().manual_seed(self.seed + 7_919)
-        size = len(self.source.test)
-        for start in range(0, size, BATCH):
-            count = min(BATCH, size - start)
-            yield {name: self._draw(name, count, generator) for name in self.names}
+        for batch in data.loader(self.source, "test", BATCH, seed=0, train=False, rank=0, world=1):
+            noise: dict[str, Any] = {name: self._draw(name, batch[name], generator) for name in self.names}
+            yield noise | {key: batch[key] for key in ("mask", "times") if key in batch}
 
-    def _draw(self, name: str, count: int, generator: torch.Generator) -> torch.Tensor:
-        shape = (count, *self.source.shapes[name])
+    def _draw(self, name: str, values: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         if name in self.source.vocabulary:
-            return torch.randint(1, self.source.vocabulary[name], shape, generator=generator)
+            return torch.randint(1, self.source.vocabulary[name], values.shape, generator=generator)
         mean, std = self.source.noise[name]
-        return torch.randn(shape, generator=generator) * std + mean
+        return torch.randn(values.shape, generator=generator) * std + mean
 
 
 def _named(trained: Sequence[TrainedRun]) -> list[str]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from ...errors import ConfigError, ShapeError, unknown_name
@@ -72,10 +72,17 @@ CORRUPTIONS: dict[str, Corruption] = {
 
 
 class CorruptedInput(NamedTuple):
-    """A corrupted input and its mask; the mask is None where the input has none and no sample is missing."""
+    """A corrupted input.
+
+    Attributes:
+        values: the input.
+        mask: its mask; None where the input has none and no sample is missing.
+        source: (batch,) sample that each value comes from, where samples are swapped; else None.
+    """
 
     values: Tensor
     mask: Tensor | None
+    source: Int[Tensor, " batch"] | None = None
 
 
 def corruption_names(kind: str | None = None) -> list[str]:
@@ -157,6 +164,8 @@ def corrupt_batch(
 ) -> dict[str, Any]:  # fmt: skip
     """Returns a batch with one modality corrupted, as in ``corrupt_input``; ``batch["mask"]`` is used and updated.
 
+    ``batch["times"]`` stays as it is, except that a swapped sample has the times of its partner.
+
     Raises:
         ShapeError: the batch lacks the modality, or its input is not a tensor of a known kind.
 
@@ -177,13 +186,17 @@ def corrupt_batch(
     result = {**batch, modality: corrupted.values}
     if corrupted.mask is not None:
         result["mask"] = {**masks, modality: corrupted.mask}
+    times = batch.get("times") or {}
+    if corrupted.source is not None and modality in times:
+        # The times of a swapped recording are its own.
+        result["times"] = {**times, modality: times[modality][corrupted.source.to(times[modality].device)]}
     return result
 
 
 def replace_samples(
     result: dict[str, Any], damaged: Mapping[str, Any], modality: str, hit: Bool[Tensor, " batch"]
 ) -> None:  # fmt: skip
-    """Takes input and mask of one modality from a damaged batch for some samples.
+    """Takes input, mask and times of one modality from a damaged batch for some samples.
 
     Args:
         result: the batch that is changed.
@@ -207,6 +220,10 @@ def replace_samples(
         before = torch.ones_like(mask) if before is None else before.to(mask.device).bool()
         chosen = hit.to(mask.device).reshape(-1, *[1] * (mask.ndim - 1))
         result["mask"] = {**masks, modality: torch.where(chosen, mask, before)}
+    times = (damaged.get("times") or {}).get(modality)
+    if times is not None:
+        before = result["times"][modality]
+        result["times"] = {**result["times"], modality: torch.where(hit.to(times.device)[:, None], times, before)}
 
 
 def check_corruptions(names: Any, who: str, *, kind: str | None = None) -> None:
@@ -241,6 +258,6 @@ def _corrupt_samples(
     if swap:
         partner = replaced_values.swap_partners(present, random)
         source = torch.where(hit, partner, torch.arange(batch, device=values.device))
-        return CorruptedInput(values[source], None if mask is None else valid[source])
+        return CorruptedInput(values[source], None if mask is None else valid[source], source)
     gone = hit.reshape(batch, *[1] * (values.ndim - 1))
     return CorruptedInput(values.masked_fill(gone, 0), valid & ~hit.reshape(batch, *[1] * (valid.ndim - 1)))
