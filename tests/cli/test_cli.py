@@ -147,6 +147,7 @@ def test_train_does_not_overwrite_results(tmp_path, capsys):
     assert "expected the recipe, method, seed and fold of the interrupted run" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_two_processes_match_one_process(tmp_path):
     config = write_recipe(tmp_path / "r.yaml", recipe(epochs=2), fusions={"joint": {"dropout": 0.0}})
@@ -172,6 +173,7 @@ def test_two_processes_match_one_process(tmp_path):
     assert float((rotations[0] - rotations[1]).abs().max()) < 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_stages_train_in_two_processes(tmp_path):
     """Blocks of later stages get no gradient, which plain DDP does not bear."""

@@ -182,9 +182,12 @@ def test_data_card_code_output():
     result = {}
     for block in re.findall(r"```python\n(.*?)```", card, re.DOTALL):
         exec(block, result)
-    for way, words in ((result["there"], "nearest training image's name"), (result["back"], "name to image")):
+    for way, words in (
+        (result["image_to_name"], "nearest training image's name"),
+        (result["name_to_image"], "name to image"),
+    ):
         assert f"{words} | {100 * way.recall[1]:.1f} | {100 * way.recall[5]:.1f} |" in card
-        assert f"| guessing | {100 * way.chance[1]:.1f} | {100 * way.chance[5]:.1f} |" in card
+        assert f"| chance level | {100 * way.chance[1]:.1f} | {100 * way.chance[5]:.1f} |" in card
 
 
 def test_damaged_file_raises(tmp_path, monkeypatch):

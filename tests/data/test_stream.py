@@ -1,5 +1,6 @@
 """Streams: sources, statistics against those of the whole table, splits, batches, check, and what is refused."""
 
+import gc
 import warnings
 
 import datasets
@@ -267,6 +268,15 @@ FAULTS = {
     "a longer row": ("csv", lambda f: (f / "part3.csv").open("a").write("1,2,red,x,p,c0,train,9,9,9\n"), {}, "readable rows"),
     "broken jsonl": ("jsonl", lambda f: (f / "part3.jsonl").open("a").write('{"imu_0": 1, '), {}, "readable rows"),
 }  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def close_files():
+    """The csv reader of datasets leaves a file open when it cannot parse it."""
+    yield
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -407,6 +407,7 @@ def worker(rank, folder):
         torch.save(run.model.state_dict(), f"{folder}/{rank}.pt")
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_two_processes_equal_one_with_the_doubled_batch(tmp_path):
     torch.multiprocessing.spawn(worker, args=(str(tmp_path),), nprocs=2)

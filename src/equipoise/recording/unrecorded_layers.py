@@ -71,10 +71,11 @@ def find_unrecorded_layers(
         handle.remove()
     paths = [session.names[module] for module in labeler.modules if module in session.names]
     for module in ran:
-        path = candidates[module]
+        # Recorded layers are named without the wrappers of torch.compile.
+        path = session.names.get(module, candidates[module])
         selected = layers is None or any(fnmatch.fnmatchcase(path, pattern) for pattern in layers)
         if selected and not any(_holds(path, other) or _holds(other, path) for other in paths):
-            part = session.model.get_submodule(path)
+            part = session.model.get_submodule(candidates[module])
             handler.on_missing(path or type(part).__name__, WITHOUT if is_recurrent(part) else HIDDEN)
 
 

@@ -69,8 +69,8 @@ def prediction_entropy(logits: Float[Tensor, "batch ... output"], task: str) -> 
     """Returns the entropy of predictions in nats; of several labels, the mean over labels.
 
     Example:
-        >>> prediction_entropy(torch.tensor([[0.0, 0.0], [99.0, 0.0]]), "classification")
-        tensor([0.6931, 0.0000])
+        >>> prediction_entropy(torch.tensor([[0.0, 0.0]]), "classification")
+        tensor([0.6931])
     """
     logits = at_least_float32(logits)
     if task == "classification":

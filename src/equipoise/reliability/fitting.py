@@ -1,9 +1,12 @@
-"""Measures training data and calibrates reliability on damaged validation data, for ``Reliability.fit``."""
+"""Measures training data and calibrates reliability on damaged validation data, for ``Reliability.fit``.
+
+``reliable`` is the ``Reliability`` to fit, which imports this module.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,14 +21,11 @@ from .feature_statistics import input_features, token_features
 from .masked_tokens import finite_tokens
 from .training_distance import TrainingDistance, TrainingFeatures
 
-if TYPE_CHECKING:
-    from .reliable_model import Reliability
-
 Batches = Iterable[Mapping[str, Any]]
 
 
 def measure_training(
-    reliable: Reliability, train: Batches, device: torch.device, random: torch.Generator
+    reliable: Any, train: Batches, device: torch.device, random: torch.Generator
 ) -> InputMoments:  # fmt: skip
     """Fits the distances of the modalities, and returns statistics of the inputs and targets."""
     features = {name: TrainingFeatures(random) for name in reliable.names}
@@ -53,7 +53,7 @@ def measure_training(
 
 
 def calibrate(
-    reliable: Reliability, val: Batches, device: torch.device, seed: int, moments: InputMoments,
+    reliable: Any, val: Batches, device: torch.device, seed: int, moments: InputMoments,
     corruptions: Sequence[str], kinds: Mapping[str, InputKind],
 ) -> None:  # fmt: skip
     """Fits the constants on damaged validation data, and the conformal thresholds on clean validation data."""

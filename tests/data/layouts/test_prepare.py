@@ -213,7 +213,9 @@ def test_verify_detects_changes_of_its_own_files(prepared, tmp_path, name):
     if name == "manifest.csv":
         assert verify(copy).changed == ["manifest.csv"]
     else:
-        with pytest.raises(DataError, match=f"{name}'.* got (a file|one) that was changed since"):
+        with pytest.raises(
+            DataError, match=f"{name}'.* got (a file|one|content) that (was changed since|does not match its checksum)"
+        ):
             verify(copy)
 
 
