@@ -20,7 +20,7 @@ SETS = [
     pytest.param("utd_mhad", marks=requires_data("utd_mhad/Inertial", "utd_mhad/Skeleton")),
     pytest.param("mosi", marks=requires_data("mosi")),
     pytest.param("occupancy_detection", marks=requires_data("occupancy")),
-    pytest.param("occupancy_estimation", marks=requires_data("occupancy")),
+    pytest.param("occupancy_estimation", marks=[requires_data("occupancy"), pytest.mark.slow]),
 ]
 BALANCERS = sorted(set(available_classes(balance, Balancer)) - {"progressive_rollingq"})
 

@@ -33,6 +33,7 @@ def data(tmp_path):
     return str(tmp_path / "data")
 
 
+@pytest.mark.slow
 def test_all_commands_read_streams(data, tmp_path, capsys):
     options = ["--data", data, "--target", "label", "--stream", "--train.epochs", "1"]
     alone = tmp_path / "alone"
