@@ -15,6 +15,7 @@ from equipoise.data import load_dataset, loader
 from equipoise.data.sets.manifest import ManifestDataset
 from equipoise.data.sets.stream import StreamDataset
 from equipoise.errors import ConfigError, DataError
+from helpers.bad_tables import BAD, STREAMED
 
 # The csv reader of ``datasets`` leaves it to the garbage collector to close a file that is not read to its end.
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file", "ignore::pytest.PytestUnraisableExceptionWarning")
@@ -285,6 +286,14 @@ def test_faults_have_a_message(tmp_path, fault):
     call = bad(tmp_path, kind, change, **options)
     with pytest.raises((DataError, ConfigError), match=message):
         call()
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_the_faults_of_tables(tmp_path, case):
+    make, options, message = BAD[case]
+    path = make(tmp_path)
+    with pytest.raises((DataError, ConfigError), match=STREAMED.get(case, message)):
+        StreamDataset(str(path), **{"target": "label", **options})
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,8 @@ class StreamSource:
         known = next((part.features for part in self.parts.values() if part.features is not None), None)
         self._lenient = any(getattr(part.info, "builder_name", "") == "json" for part in self.parts.values())
         table = self._joined(tables)
+        if any(getattr(part.info, "builder_name", "") == "csv" for part in self.parts.values()):
+            _require_unique(table.column_names, self._who)
         info = None
         if known is not None:
             features = datasets.Features({name: known[name] for name in known if name in table.column_names})
@@ -96,7 +98,7 @@ class StreamSource:
         """
         import pyarrow as pa
 
-        where = f"{self._who}, {name}, shard {shard}"
+        where = self._where(name, shard)
         for raw in self._raw(name, shard, BLOCK_ROWS):
             block, parts = _empty_as_null(raw), {}
             for column in columns:
@@ -119,18 +121,34 @@ class StreamSource:
                     ) from error  # fmt: skip
             yield pa.table(parts)
 
+    def _where(self, name: str, shard: int) -> str:
+        return f"{self._who}, {name + ', ' if name else ''}shard {shard}"
+
     def _raw(self, name: str, shard: int, rows: int) -> Iterator[pyarrow.Table]:
         part = self.parts[name]
         one = part.shard(part.num_shards, shard) if part.num_shards > 1 else part
         try:
             yield from one.with_format("arrow").iter(batch_size=rows)
+        except UnicodeDecodeError as error:
+            raise DataError(
+                self._where(name, shard), expected="a table in UTF-8", got="other bytes", fix="Save it as UTF-8."
+            ) from error
         # The readers of ``datasets`` raise many kinds of errors on damaged files.
         except Exception as error:
             raise DataError(
-                f"{self._who}, {name}, shard {shard}", expected="readable rows",
+                self._where(name, shard), expected="readable rows",
                 got=" ".join(str(error).split())[:200].rstrip(".") or type(error).__name__,
                 fix="Is a file truncated, or a row longer than the header?",
             ) from error  # fmt: skip
+
+
+def _require_unique(names: Sequence[str], who: str) -> None:
+    """Refuses columns that the csv reader of ``datasets`` has renamed, since their names were repeated."""
+    for name in names:
+        base, point, number = name.rpartition(".")
+        if point and number.isdigit() and base in names:
+            raise DataError(who, expected="unique column names", got=f"'{base}' and '{name}'",
+                            fix="Rename the columns: repeated names of a csv file get a number.")  # fmt: skip
 
 
 def _undecoded(part: datasets.IterableDataset) -> datasets.IterableDataset:
