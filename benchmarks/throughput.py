@@ -1,18 +1,21 @@
 """Throughput of training on a table, relative to the same loop on tensors in memory.
 
-python benchmarks/throughput.py [--samples 2000] [--large 4]
+python benchmarks/throughput.py [--samples 2000] [--large 30 --real 4 [--table] [--batches 500]]
 
 For vectors, wav files and images, it generates a table, builds the model of ``equipoise train --data``, and trains one
 warm-up epoch and three measured ones with 0, 1 and 2 workers. The baseline iterates over prepared batches in memory.
-``--large GB`` also trains one epoch on a generated table of that size on disk and prints the peak memory of the
-process.
+``--large GB`` instead trains on parquet shards of that size and prints the peak memory of the process: as a stream, or
+with ``--table`` as a memory-mapped table, which is first converted to a cache of the same size. ``--real GB`` writes only so
+much, and links each shard several times.
 """
 
 from __future__ import annotations
 
 import argparse
-import resource
+import itertools
+import os
 import tempfile
+import threading
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -26,10 +29,13 @@ from PIL import Image
 
 from equipoise.data import loader
 from equipoise.data.sets.manifest import ManifestDataset
+from equipoise.data.sets.stream import StreamDataset
 from equipoise.training import method_factory, recipes
 from equipoise.training.own_data import default_encoder
 
 BATCH, EPOCHS = 64, 3
+SHARD_ROWS = 31_250
+"""Rows of a shard of ``--large``, 64 MB."""
 
 
 def write_table(folder: Path, kind: str, samples: int) -> Path:
@@ -103,48 +109,85 @@ def compare(folder: Path, kind: str, samples: int) -> None:
         print(f"{kind:8} table, {workers} workers     {speed:8.0f} samples/s, {speed / bare:.2f} of in memory")
 
 
-def large(folder: Path, gigabytes: float) -> None:
-    """Trains on a table of this size on disk and prints the peak memory."""
-    import datasets
+def write_shards(folder: Path, gigabytes: float, real: float) -> int:
+    """Writes shards with two vectors of width 256, and links to them; returns the number of rows."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
-    width, rows = 512, int(gigabytes * 1e9 / 512 / 4)
+    random = np.random.default_rng(0)
+    shards = max(1, round(gigabytes * 1e9 / (SHARD_ROWS * 2 * 256 * 4)))
+    written = max(1, min(shards, round(real / gigabytes * shards)))
+    for number in range(shards):
+        path = folder / f"{number:05}.parquet"
+        if number >= written:
+            os.link(folder / f"{number % written:05}.parquet", path)
+            continue
+        values = [pa.array(random.standard_normal(SHARD_ROWS * 256, dtype=np.float32)) for _ in range(2)]
+        first, second = (pa.FixedSizeListArray.from_arrays(one, 256).cast(pa.list_(pa.float32())) for one in values)
+        label = pa.array([f"class{one}" for one in random.integers(4, size=SHARD_ROWS)])
+        table = pa.table({"first": first, "second": second, "label": label})
+        pq.write_table(table, path, row_group_size=2_000, compression="none", use_dictionary=False)
+    return shards * SHARD_ROWS
 
-    def generate():
-        random = np.random.default_rng(0)
-        for number in range(rows):
-            vector = random.standard_normal(width, dtype=np.float32)
-            yield {"first": vector[:256], "second": vector[256:], "label": number % 4}
 
-    features = datasets.Features(
-        first=datasets.List(datasets.Value("float32")), second=datasets.List(datasets.Value("float32")),
-        label=datasets.ClassLabel(names=list("abcd")),
-    )  # fmt: skip
-    datasets.Dataset.from_generator(generate, features=features, cache_dir=str(folder / "cache")).save_to_disk(
-        str(folder / "large")
-    )
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    source = ManifestDataset(str(folder / "large"), target="label")
-    model, optimizer = build(source)
-    start = time.perf_counter()
-    count = train(model, optimizer, loader(source, "train", 256, seed=0, train=True))
-    with open("/proc/self/status") as file:
-        anonymous = next(int(line.split()[1]) for line in file if line.startswith("RssAnon"))
-    print(f"{gigabytes} GB, {rows:,} rows: {count / (time.perf_counter() - start):.0f} samples/s, anonymous memory "
-          f"{anonymous / 1e6:.2f} GB, peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB "
-          f"({before / 1e6:.2f} GB before), of which mapped pages of the file can be dropped at any time")  # fmt: skip
+class PeakMemory:
+    """Samples the memory of this process in a thread: anonymous memory, and with mapped pages of files."""
+
+    def __init__(self) -> None:
+        self.peak = {"RssAnon": 0, "VmRSS": 0}
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+
+    def __enter__(self) -> PeakMemory:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _sample(self) -> None:
+        while not self._stop.wait(0.02):
+            with open("/proc/self/status") as file:
+                for line in file:
+                    name = line.split(":")[0]
+                    if name in self.peak:
+                        self.peak[name] = max(self.peak[name], int(line.split()[1]))
+
+
+def large(folder: Path, options: argparse.Namespace) -> None:
+    """Trains on shards of a given size and prints the peak memory."""
+    rows = write_shards(folder, options.large, options.real or options.large)
+    kind = ManifestDataset if options.table else StreamDataset
+    with PeakMemory() as memory:
+        start = time.perf_counter()
+        source = kind(str(folder), target="label")
+        model, optimizer = build(source)
+        opened = time.perf_counter() - start
+        start = time.perf_counter()
+        batches = itertools.islice(loader(source, "train", 256, seed=0, train=True), options.batches)
+        speed = train(model, optimizer, batches) / (time.perf_counter() - start)
+    anonymous, whole = (memory.peak[name] / 1e6 for name in ("RssAnon", "VmRSS"))
+    print(f"{options.large} GB, {rows:,} rows, {'table' if options.table else 'stream'}: opened in {opened:.0f} s, "
+          f"{speed:.0f} samples/s, peak {anonymous:.2f} GB anonymous, {whole:.2f} GB with mapped pages")  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=2_000)
     parser.add_argument("--large", type=float, default=0.0, metavar="GB")
+    parser.add_argument(
+        "--real", type=float, default=0.0, metavar="GB", help="size on disk; by default that of --large"
+    )
+    parser.add_argument("--table", action="store_true", help="read --large as a memory-mapped table")
+    parser.add_argument("--batches", type=int, default=None, help="batches of --large to train on; all by default")
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
+        if options.large:
+            return large(Path(folder), options)
         for kind in ("vector", "audio", "image"):
             compare(Path(folder), kind, options.samples)
-        if options.large:
-            large(Path(folder), options.large)
 
 
 if __name__ == "__main__":

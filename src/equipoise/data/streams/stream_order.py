@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -28,8 +29,10 @@ class Lane:
         seed: seed of the order of rows; None keeps it.
     """
 
-    def __init__(self, tables: Iterator[pyarrow.Table], size: int, seed: Sequence[int] | None) -> None:
+    def __init__(self, tables: Generator[pyarrow.Table, None, None], size: int, seed: Sequence[int] | None) -> None:
         self._tables, self._size = tables, size
+        # Arrow's readers must end before the interpreter does.
+        weakref.finalize(self, tables.close)
         self._random = None if seed is None else np.random.default_rng(list(seed))
         self._rest: pyarrow.Table | None = None
         self._blocks: list[tuple[int, pyarrow.Table]] = []

@@ -191,7 +191,10 @@ def _open(path: Path, source: str | Path, who: str) -> Any:
             return _open_file(path, who)
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             return datasets.load_from_disk(str(path))
-        return datasets.load_dataset(str(source), streaming=True)
+        builder = datasets.load_dataset_builder(str(source))
+        if hasattr(builder.config, "fragment_scan_options"):
+            builder.config.fragment_scan_options = _parquet_options()
+        return builder.as_streaming_dataset()
     except DataError:
         raise
     # The readers of ``datasets`` raise many kinds of errors on damaged folders.
@@ -208,10 +211,19 @@ def _open_file(path: Path, who: str) -> datasets.IterableDataset:
 
     suffix = path.suffix.lower()
     kind = "parquet" if suffix == ".parquet" else "csv" if suffix in DELIMITERS else "json"
-    options = {}
+    options: dict[str, Any] = {}
+    if kind == "parquet":
+        options = {"fragment_scan_options": _parquet_options()}
     if kind == "csv":
         options = {"sep": delimiter_of(path, DELIMITERS[suffix], who), "na_values": EMPTY, "keep_default_na": False}
     return datasets.load_dataset(kind, data_files={"train": str(path)}, split="train", streaming=True, **options)
+
+
+def _parquet_options() -> Any:
+    """Returns options that do not load a whole parquet file in advance."""
+    from pyarrow import dataset
+
+    return dataset.ParquetFragmentScanOptions(use_buffered_stream=True, pre_buffer=False)
 
 
 def _empty_as_null(block: pyarrow.Table) -> pyarrow.Table:
