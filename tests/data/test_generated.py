@@ -102,7 +102,7 @@ def test_data_card_matches_the_data():
         assert f"| {split} | {' | '.join(map(str, counts))} |" in card
     assert f"right for {100 * data.test.target.bincount().max() / len(data.test):.1f} %" in card
     causes = load_dataset("generated", task="regression").test.target
-    assert f"wrong by {causes.abs().mean():.3f} on" in card
+    assert f"mean absolute error of {causes.abs().mean():.3f} on" in card
     for name, shows in CAUSE_WEIGHTS.items():
         cells = " |".join(f" {weight:g}" if weight else "" for weight in shows)
         assert f"| **{name}** {SHAPES[name]} |{cells} |".replace("| |", "| |") in card

@@ -41,9 +41,9 @@ def recipe(*, balancers=None, **train):
     return config.with_train(**{"epochs": 3, "batch_size": 250, **train})
 
 
-def write_recipe(path, model=None, **changes):
+def write_recipe(path, base=None, /, **changes):
     """Writes a recipe and returns its path."""
-    path.write_text(recipes.dump_recipe(replace(model or recipe(), **changes)), encoding="utf-8")
+    path.write_text(recipes.dump_recipe(replace(base or recipe(), **changes)), encoding="utf-8")
     return str(path)
 
 

@@ -12,7 +12,7 @@ from torch import multiprocessing
 from equipoise.training import RunSpec, execute_run
 from equipoise.training.checkpoint import AtomicCheckpointIO
 from equipoise.training.own_data import own_data_recipe
-from helpers.processes import together
+from helpers.processes import process_group
 from helpers.stream_data import TRAIN, VAL, write_data
 
 pytestmark = pytest.mark.distributed
@@ -76,7 +76,7 @@ def run(folder, streaming, rank=None):
 
 
 def worker(rank, folder):
-    with together(rank, folder, WORLD):
+    with process_group(rank, folder, WORLD):
         torch.save([run(Path(folder), streaming, rank) for streaming in (False, True)], f"{folder}/{rank}.pt")
 
 
