@@ -123,9 +123,14 @@ def watch(length: int, device: str, dtype: torch.dtype, rounds: int, width: int)
     import transformers
 
     config = transformers.LlamaConfig(
-        vocab_size=64, hidden_size=width, intermediate_size=4 * width, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
-        num_key_value_heads=HEADS // 4, max_position_embeddings=length,
-    )  # fmt: skip
+        vocab_size=64,
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=HEADS // 4,
+        max_position_embeddings=length,
+    )
     model = transformers.LlamaModel(config).to(device, dtype).eval()
     ids = torch.randint(64, (1, length), device=device)
     labels = (torch.arange(length, device=device) >= length // 2).long()

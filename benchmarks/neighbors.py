@@ -1,11 +1,10 @@
-"""Time and memory of the distance of eq.Reliability for many training samples: all of them, or a random subset as prototypes.
+"""Time and memory of the distance of eq.Reliability: all training samples, or a random subset as prototypes.
 
     python benchmarks/neighbors.py --samples 1000000
 
-Features have a low-dimensional structure (clusters on a random 16-dimensional subspace, with noise). "agreement" is the rank
-correlation of the distances of new samples, of which a half are damaged by an offset, with those to all training samples; "AUROC"
-is that of the offset samples.
-"""
+Features have a low-dimensional structure (clusters on a random 16-dimensional subspace, with noise). "agreement" is the
+rank correlation of the distances of new samples, of which a half are damaged by an offset, with those to all training
+samples; "AUROC" is that of the offset samples."""
 
 from __future__ import annotations
 

@@ -125,7 +125,8 @@ TABLES = (
 )  # fmt: skip
 
 OOD_TABLE = Table(
-    "10", "Detection of unknown classes by the GEN score; unknown classes are the positives for FPR95", "HMDB51", "joint", "joint+rollingq",
+    "10", "Detection of unknown classes by the GEN score; unknown classes are the positives for "
+          "FPR95", "HMDB51", "joint", "joint+rollingq",
     detect_unknown,
     {
         "accuracy": "accuracy on the known classes", "fpr95/near": "near: FPR95 (lower is better)",

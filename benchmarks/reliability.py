@@ -4,14 +4,14 @@
     python benchmarks/reliability.py runs --seeds 3 --out utd_mhad.json
     python benchmarks/reliability_table.py utd_mhad.json
 
-Each run is wrapped by Reliability.fit on its training and validation split and tested on the test split with one modality
-damaged at a time. The damage of a test was never used for calibration: the corruptions are divided into families (FAMILIES), and
-for each family another wrapper is calibrated with the corruptions of the other families alone. Clean inputs are predicted by the
-wrapper that is calibrated with all corruptions. The family "noise" resembles the damage in training with corruption.
+Each run is wrapped by Reliability.fit on its training and validation split and tested on the test split with one
+modality damaged at a time. The damage of a test was never used for calibration: the corruptions are divided into
+families (FAMILIES), and for each family another wrapper is calibrated with the corruptions of the other families alone.
+Clean inputs are predicted by the wrapper that is calibrated with all corruptions. The family "noise" resembles the
+damage in training with corruption.
 
-The best intact modality is the better of the other modalities alone, trained separately (runs named after the modalities). The
-cost is the median time of a wrapped prediction, relative to that of the model.
-"""
+The best intact modality is the better of the other modalities alone, trained separately (runs named after the
+modalities). The cost is the median time of a wrapped prediction, relative to that of the model."""
 
 from __future__ import annotations
 

@@ -1,11 +1,10 @@
-"""Table of the results of benchmarks/reliability.py: accuracy under damage, paired tests, and the aim of eq.Reliability.
+"""Table of the results of benchmarks/reliability.py: accuracy under damage, and paired tests.
 
     python benchmarks/reliability_table.py utd_mhad.json occupancy_estimation.json
 
-p-values compare each method with the control (concat_aux+corruption without reliability) on the same test samples: the difference of
-the mean outcomes of each sample over seeds and damages, with the bootstrap of equipoise.results.significance. They are corrected by
-Holm's method over all methods and sets of the table.
-"""
+p-values compare each method with the control (concat_aux+corruption without reliability) on the same test samples: the
+difference of the mean outcomes of each sample over seeds and damages, with the bootstrap of
+equipoise.results.significance. They are corrected by Holm's method over all methods and sets of the table."""
 
 from __future__ import annotations
 
@@ -42,7 +41,7 @@ def mean(values: Any) -> float:
 
 
 def row(content: dict[str, Any], runs: list[dict[str, Any]], which: int) -> list[float]:
-    """Clean, damage seen and unseen in training, worst unseen, share within two points of the best intact: in percent."""
+    """Percentages: clean, seen and unseen damage, worst unseen damage, share within two points of the best intact."""
     names = {key.split("/")[0] for key in runs[0]["damaged"]}
     alone = {name: statistics.mean(content["alone"][name].values()) for name in names}
     parts: dict[str, list[float]] = {"seen": [], "unseen": []}
@@ -86,7 +85,8 @@ def main() -> None:
                 )
     corrected = holm(tests)
     print(
-        "| set | method | seeds | clean | seen | unseen | worst unseen | near the best intact | unseen, difference | aim |"
+        "| set | method | seeds | clean | seen | unseen | worst unseen | near the best intact | unseen, difference | "
+        "aim |"
     )
     print("|---|---|---|---|---|---|---|---|---|---|")
     for title, method, seeds, values, test, reference, better in lines:

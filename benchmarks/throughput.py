@@ -5,9 +5,8 @@ python benchmarks/throughput.py [--samples 2000] [--large 30 --real 4 [--table] 
 For vectors, wav files and images, it generates a table, builds the model of ``equipoise train --data``, and trains one
 warm-up epoch and three measured ones with 0, 1 and 2 workers. The baseline iterates over prepared batches in memory.
 ``--large GB`` instead trains on parquet shards of that size and prints the peak memory of the process: as a stream, or
-with ``--table`` as a memory-mapped table, which is first converted to a cache of the same size. ``--real GB`` writes only so
-much, and links each shard several times.
-"""
+with ``--table`` as a memory-mapped table, which is first converted to a cache of the same size. ``--real GB`` writes
+only so much, and links each shard several times."""
 
 from __future__ import annotations
 

@@ -2,12 +2,12 @@
 
 Works with every server that has OpenAI's chat interface: vLLM, llama.cpp, Ollama, SGLang, or a provider. Run
 
-    python examples/blind_served_model.py questions.jsonl --url http://localhost:8000/v1 --model Qwen/Qwen2.5-VL-3B-Instruct
+    python examples/blind_served_model.py questions.jsonl --url http://localhost:8000/v1 --model
+    Qwen/Qwen2.5-VL-3B-Instruct
 
-with one JSON object per line: {"image": "cat.png", "question": "Is there a cat?", "answer": "yes", "category": "animals"}.
-A key is read from the environment variable OPENAI_API_KEY. Replies are kept in journal.jsonl: after an interruption the
-same command continues.
-"""
+with one JSON object per line: {"image": "cat.png", "question": "Is there a cat?", "answer": "yes", "category":
+"animals"}. A key is read from the environment variable OPENAI_API_KEY. Replies are kept in journal.jsonl: after an
+interruption the same command continues."""
 
 from __future__ import annotations
 
@@ -36,8 +36,11 @@ def chat_target(url: str, model: str, *, timeout: float = 60.0, max_tokens: int 
             data = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
             content.insert(0, {"type": "image_url", "image_url": {"url": data}})
         body = {
-            "model": model, "messages": [{"role": "user", "content": content}], "temperature": 0, "max_tokens": max_tokens
-        }  # fmt: skip
+            "model": model,
+            "messages": [{"role": "user", "content": content}],
+            "temperature": 0,
+            "max_tokens": max_tokens,
+        }
         headers = {"Content-Type": "application/json"}
         if key := os.environ.get("OPENAI_API_KEY"):
             headers["Authorization"] = f"Bearer {key}"

@@ -1,7 +1,6 @@
 """Reports words and phrases that the contributing guide's language rules exclude; exits with 1 if there are any.
 
-python scripts/check_prose.py [FILE ...]
-"""
+python scripts/check_prose.py [FILE ...]"""
 
 from __future__ import annotations
 
@@ -17,23 +16,28 @@ RULES = {
         "use American spelling (-ize)"
     ),
     # A quoted word is a value of stored data, such as the family "colour" in emoji.npz.
-    r"(?<!aria-)(?<!\")\b(colour|behaviour|favour|neighbour|labell|modell(?=ed|ing)|centred|grey|catalogue)\w*": "use American spelling",
-    r"\b(the house|the disease|the cure|cures|witness|strangers?|the golden rule|proving ground|dice)\b": "no metaphors",
+    r"(?<!aria-)(?<!\")\b(colour|behaviour|favour|neighbour|labell|modell(?=ed|ing)|centred|grey|catalogue)\w*": (
+        "use American spelling"
+    ),
+    r"\b(the house|the disease|the cure|cures|witness|strangers?|the golden rule|proving "
+    r"ground|dice)\b": "no metaphors",
     r"\bvot(e|es|ing)\b(?! of)": "heads do not vote: logits are added (ensemble)",
     r"\b(optimiser|standardised|normalised|initialised|behaviour)": "use American spelling, also in identifiers",
     r"\b(as if nothing had happened|goes? on from there|turns? deaf|deaf to)\b": "no metaphors",
     r"\bcut short\b": "write truncated or interrupted",
     r"\b(nobody|somebody|everybody|anybody|whoever|strangeness)\b": "name the object: module, user, process",
-    r"\b(layer|model|module|method|optimizer|process|tensor|signature|balancer|head)s? (itself )?(knows?|tells?|says|wants?|asks?)\b": (
-        "a module is not a person: it has, returns, computes or stores"
-    ),
+    r"\b(layer|model|module|method|optimizer|process|tensor|signature|balancer|head)s? (itself "
+    r")?(knows?|tells?|says|wants?|asks?)\b": ("a module is not a person: it has, returns, computes or stores"),
     r"\b(files?|frames?|tensors?|keys|pixels|values|it|they|what) (lies?|stands?)\b(?! (for|between|in \[|at or))": (
         "write is located, is stored or is at"
     ),
-    r"\b(leaves? no trace|nothing is lost|keeps? to itself|is worth something|sitting)\b": "say which state is restored or kept",
-    r"\bdef test_\w*_(told|refused|left_out|left_behind|no_trace)\b": "name the outcome: raises, is_excluded, is_reported, is_restored",
+    r"\b(leaves? no trace|nothing is lost|keeps? to itself|is worth something|sitting)\b": "say which state is "
+    "restored or kept",
+    r"\bdef test_\w*_(told|refused|left_out|left_behind|no_trace)\b": "name the outcome: raises, is_excluded, "
+    "is_reported, is_restored",
     r"\bdef test_(what|whoever|nothing|nobody|where)_\w+": "begin with the thing that is tested",
-    r"\b(eyesight|towers that|speaks? of|is told (?!apart)|are told (?!apart))": "name the thing first, then say what is done to it",
+    r"\b(eyesight|towers that|speaks? of|is told (?!apart)|are told (?!apart))": "name the thing first, then say "
+    "what is done to it",
     r"\bjudg(e|ed|es|ing|ement)\b": "use evaluate",
 }
 SKIP = re.compile(r"(^|/)(check_prose\.py|language_examples\.md|CHANGELOG\.md)$|\.ipynb$")

@@ -3,9 +3,8 @@
 python scripts/language_examples.py
 
 The places are drawn by a seed, not chosen: the texts of OLD in the history are paired with those of the working tree.
-Two texts are a pair if they have the same owner and name, and if the code that they describe has mostly the same members
-or arguments; a name that another object has by now is no pair.
-"""
+Two texts are a pair if they have the same owner and name, and if the code that they describe has mostly the same
+members or arguments; a name that another object has by now is no pair."""
 
 from __future__ import annotations
 
@@ -56,7 +55,7 @@ def message(call: ast.Call) -> str | None:
 
 
 def collect(sources: dict[str, str]) -> tuple[dict[Key, Text], ...]:
-    """(owner, name) -> first docstring line, and (function, error class) -> message, each with the names of its code."""
+    """(owner, name) -> first docstring line, and (function, error class) -> message, with the names of its code."""
     docstrings: dict[Key, set[Text]] = {}
     errors: dict[Key, set[Text]] = {}
     for text in sources.values():

@@ -96,7 +96,8 @@ def table(found: dict[str, type]) -> list[str]:
         inside = file.relative_to("src/equipoise").with_suffix("")
         origin = re.sub(r"; spec [\d., and]+$", "", field(cls, "Reference").rstrip(".")).replace("|", "\\|")
         rows.append(
-            f"| `{name}` | `eq.{family(cls)}.{cls.__name__}` | {origin} | [`{inside}`](../{file}) | [`{test.name}`](../{test}) |"
+            f"| `{name}` | `eq.{family(cls)}.{cls.__name__}` | {origin} | [`{inside}`](../{file}) | "
+            f"[`{test.name}`](../{test}) |"
         )
     return rows
 

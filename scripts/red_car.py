@@ -1,8 +1,7 @@
 """Draws docs/pictures/red_car.png: attention maps of the words of "The red car is parked" in a trained scenes_vlm.
 
-equipoise compare --config scenes_vlm --methods mlp --seeds 1 --out runs
-python scripts/red_car.py runs/runs/all/mlp/seed0
-"""
+equipoise compare --config scenes_vlm --methods mlp --seeds 1 --out runs python scripts/red_car.py
+runs/runs/all/mlp/seed0"""
 
 from __future__ import annotations
 
@@ -75,7 +74,7 @@ def complete(model: VisionLanguageModel, source: Scenes, picture: np.ndarray) ->
 
 
 def shares(attention: np.ndarray, owner: np.ndarray) -> list[tuple[str, float]]:
-    """Returns the attention to each object and to the background; a patch is assigned to the object that covers most of it."""
+    """Returns the attention to each object, which has the patches that it mostly covers, and to the background."""
     count = SIZE // PATCH
     blocks = owner.reshape(count, PATCH, count, PATCH).transpose(0, 2, 1, 3).reshape(count * count, -1)
     most = np.array([np.bincount(block[block >= 0], minlength=1).argmax() if (block >= 0).any() else -1

@@ -1,8 +1,6 @@
 """Prints the tables of docs/methods/vision_language.md from the results of a comparison.
 
-equipoise compare --config scenes_vlm --out runs
-python scripts/scenes_tables.py runs/results.json
-"""
+equipoise compare --config scenes_vlm --out runs python scripts/scenes_tables.py runs/results.json"""
 
 from __future__ import annotations
 
@@ -40,7 +38,7 @@ def main() -> None:
 
 
 def by_type(rows: dict, methods: Sequence[str]) -> str:
-    """Table of question type x connector: accuracy with the matching image, another sample's image, and a blank image."""
+    """Table of question type x connector: accuracy with the matching, another sample's and a blank image."""
 
     def cell(method: str, kind: str) -> str:
         values = [rows[method, f"accuracy{picture}{kind}"]["mean"] for picture in PICTURES]
@@ -52,7 +50,7 @@ def by_type(rows: dict, methods: Sequence[str]) -> str:
 
 
 def compared(rows: dict, methods: Sequence[str]) -> str:
-    """Table of connector x metric: mean and standard deviation over seeds, and the accuracy difference to the reference."""
+    """Table of connector x metric: mean and deviation over seeds, and the accuracy difference to the reference."""
     wanted = ("accuracy", "accuracy_known", "accuracy_new", "caption_exact", "caption_f1")
     lines = []
     for method in methods:

@@ -17,8 +17,8 @@ HEAD = """# Families on which `eq.watch` is checked
 Written by `scripts/watch_families.py` with transformers {version}; the same cases are the slow tests of
 `tests/recording/test_watch_families.py`. For every family, a tiny model with random weights is created from its classes
 in transformers. The recorded shares are compared with attention matrices from separate hooks and with modality labels
-written by hand for each family. Each family is tested with two kinds of inputs: {forms}. *Right* counts the layers whose
-shares agree for both; *refused* counts the layers that `record.missing` lists with a reason instead of a share.
+written by hand for each family. Each family is tested with two kinds of inputs: {forms}. *Right* counts the layers
+whose shares agree for both; *refused* counts the layers that `record.missing` lists with a reason instead of a share.
 `generate` is compared for decoders that process text and media in one sequence.
 
 {families} families, {cases} cases: {right} right with every layer in the table, {partly} right with some layers

@@ -34,8 +34,14 @@ def test_environment_contains_no_user_or_path(monkeypatch):
 
 def test_summary_has_sample_sd_and_paired_p_in_closed_form():
     # d = 0.1, 0.2: mean 0.15, sd 0.1/sqrt(2), t = 3; with one degree of freedom t is Cauchy.
-    rows = result_rows.summarize_runs([run_result("joint", 0, accuracy=0.5), run_result("joint", 1, accuracy=0.6),
-                             run_result("joint+x", 1, accuracy=0.8), run_result("joint+x", 0, accuracy=0.6)])  # fmt: skip
+    rows = result_rows.summarize_runs(
+        [
+            run_result("joint", 0, accuracy=0.5),
+            run_result("joint", 1, accuracy=0.6),
+            run_result("joint+x", 1, accuracy=0.8),
+            run_result("joint+x", 0, accuracy=0.6),
+        ]
+    )
     joint, balanced = summary_row(rows, "joint"), summary_row(rows, "joint+x")
     assert joint["mean"] == pytest.approx(0.55)
     assert joint["sd"] == pytest.approx(0.1 / math.sqrt(2))

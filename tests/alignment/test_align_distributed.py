@@ -95,9 +95,15 @@ def evaluate_in_one_process(rank):
     return {"loss": loss}
 
 
-SCENES = {"by_itself": evaluate_in_one_process} | {name: lambda rank, name=name: loss_and_gradients(name, rank) for name in MADE} | {
-    "alone": lambda rank: loss_and_gradients("siglip", rank, wrapped=False), "no_samples": no_samples, "queries": queries
-}  # fmt: skip
+SCENES = (
+    {"by_itself": evaluate_in_one_process}
+    | {name: lambda rank, name=name: loss_and_gradients(name, rank) for name in MADE}
+    | {
+        "alone": lambda rank: loss_and_gradients("siglip", rank, wrapped=False),
+        "no_samples": no_samples,
+        "queries": queries,
+    }
+)
 
 
 def worker(rank, folder):

@@ -65,9 +65,13 @@ def test_learner_loss_equals_the_oracle(number, turn):
     message = modality_logits(model, inputs)
     others = sum(scores for name, scores in message.items() if name != names[index])
     expected = boosting(
-        message[names[index]].tolist(), others.tolist(), message[names[index - 1]].tolist(), inputs["target"].tolist(), 0.5,
+        message[names[index]].tolist(),
+        others.tolist(),
+        message[names[index - 1]].tolist(),
+        inputs["target"].tolist(),
+        0.5,
         *WEIGHTS.values(),
-    )  # fmt: skip
+    )
     assert float(balancing.loss(model(inputs), inputs["target"]).detach()) == pytest.approx(expected, rel=1e-10)
 
 

@@ -37,10 +37,15 @@ def expected_rotations(query, key, labels, valid):
         shared = head // (query.shape[1] // key.shape[1])
         samples = [
             # The oracle takes the head itself.
-            (query[i, head : head + 1].numpy(), key[i, shared : shared + 1].numpy(), labels[i].numpy(),
-             valid[i].numpy(), valid[i].numpy() if query.shape[2] == key.shape[2] else torch.ones(query.shape[2]).bool().numpy())
+            (
+                query[i, head : head + 1].numpy(),
+                key[i, shared : shared + 1].numpy(),
+                labels[i].numpy(),
+                valid[i].numpy(),
+                valid[i].numpy() if query.shape[2] == key.shape[2] else torch.ones(query.shape[2]).bool().numpy(),
+            )
             for i in range(len(key))
-        ]  # fmt: skip
+        ]
         mean, keys, values, _ = means(samples, NAMES, 0)
         result.append(torch.from_numpy(step(mean, keys, values, 1.0)[3]))
     return torch.stack(result)
@@ -146,9 +151,10 @@ def test_state_copies_and_averages_of_a_multihead():
     for other in (twin, fresh, average.module):
         assert torch.equal(call_multihead(other, x)[0], expected)
     called = torch.func.functional_call(
-        fresh, {**dict(layer.named_parameters()), "rolling.rotation": torch.eye(DIM // HEADS).double().repeat(HEADS, 1, 1)},
+        fresh,
+        {**dict(layer.named_parameters()), "rolling.rotation": torch.eye(DIM // HEADS).double().repeat(HEADS, 1, 1)},
         (x, x, x),
-    )  # fmt: skip
+    )
     assert torch.equal(called[0], call_multihead(build_multihead(), x)[0])
     fresh.load_state_dict({name: value for name, value in layer.state_dict().items() if "rolling" not in name})
     assert torch.equal(call_multihead(fresh, x)[0], call_multihead(build_multihead().eval(), x)[0])

@@ -153,7 +153,8 @@ def test_rotary_positions_warn():
         (
             lambda: GroupedAttention(DIM, 4, 4),
             {"query": "query", "key": "k_proj", "num_heads": 4, "names": NAMES},
-            r"Linear named 'query' in GroupedAttention, got no such module\. Linear layers in this module: q_proj, k_proj, v_proj",
+            r"Linear named 'query' in GroupedAttention, got no such module\. Linear layers in this module: q_proj, "
+            r"k_proj, v_proj",
         ),
         (
             lambda: DecoderLayer(DIM, 4),

@@ -27,10 +27,16 @@ def table_path(tmp_path_factory):
     for i in range(40):
         soundfile.write(folder / f"{i}.wav", 0.1 * random.standard_normal(1_600), 8_000)
         Image.fromarray(random.integers(0, 255, (16, 16, 3), dtype=np.uint8)).save(folder / f"{i}.png")
-        rows.append({
-            "sound": f"{i}.wav" if i % 7 else "", "photo": f"{i}.png", "age": i % 13, "note": f"a note about {i % 5} things",
-            "person": f"p{i % 8}", "label": ["no", "yes"][i % 2],
-        })  # fmt: skip
+        rows.append(
+            {
+                "sound": f"{i}.wav" if i % 7 else "",
+                "photo": f"{i}.png",
+                "age": i % 13,
+                "note": f"a note about {i % 5} things",
+                "person": f"p{i % 8}",
+                "label": ["no", "yes"][i % 2],
+            }
+        )
     pd.DataFrame(rows).to_csv(folder / "people.csv", index=False)
     return folder / "people.csv"
 
@@ -89,8 +95,26 @@ def test_moved_data_are_reported_and_relocated(table_path, tmp_path, capfd, monk
 
 def test_compare_on_a_table(table_path, tmp_path):
     out = tmp_path / "runs"
-    words = ["compare", "--data", str(table_path), "--target", "label", "--kind", "note=ignore", "--kind", "sound=ignore",
-             "--methods", "photo,concat", "--seeds", "1", "--workers", "1", "--out", str(out), *FAST]  # fmt: skip
+    words = [
+        "compare",
+        "--data",
+        str(table_path),
+        "--target",
+        "label",
+        "--kind",
+        "note=ignore",
+        "--kind",
+        "sound=ignore",
+        "--methods",
+        "photo,concat",
+        "--seeds",
+        "1",
+        "--workers",
+        "1",
+        "--out",
+        str(out),
+        *FAST,
+    ]
     assert run(words) == 0
     content = json.loads((out / "results.json").read_text())
     assert content["complete"]

@@ -247,8 +247,25 @@ def short_table(pair_table):
 @pytest.mark.parametrize("pair", [["sound", "words"], ["photo", "sound"], ["photo", "sound", "words"]])
 def test_audio_in_a_pair(short_table, pair, tmp_path, capfd):
     out = tmp_path / "run"
-    words = ["train", "--data", str(short_table), "--pair", ",".join(pair), "--out", str(out), "--train.epochs", "1",
-             "--encoders.sound.dim", "16", "--encoders.sound.depth", "1", "--model.dim", "16", "--accelerator", "cpu"]  # fmt: skip
+    words = [
+        "train",
+        "--data",
+        str(short_table),
+        "--pair",
+        ",".join(pair),
+        "--out",
+        str(out),
+        "--train.epochs",
+        "1",
+        "--encoders.sound.dim",
+        "16",
+        "--encoders.sound.depth",
+        "1",
+        "--model.dim",
+        "16",
+        "--accelerator",
+        "cpu",
+    ]
     assert run(words) == 0
     metrics = json.loads((out / "results.json").read_text())["runs"][0]["metrics"]
     assert f"{pair[0]}_to_{pair[1]}/recall@1" in metrics
@@ -306,9 +323,29 @@ def backbones(tmp_path_factory):
 def test_frozen_backbones(pair_table, backbones, tmp_path, capfd, monkeypatch):
     monkeypatch.chdir(backbones)
     out = tmp_path / "run"
-    words = ["train", "--config", "dual_encoder", "--data", str(pair_table), "--pair", "photo,words", "--out", str(out),
-             "--encoders.photo.name", "Backbone", "--encoders.photo.model", "image", "--encoders.words.name", "Backbone",
-             "--encoders.words.model", "text", "--train.epochs", "2", "--accelerator", "cpu"]  # fmt: skip
+    words = [
+        "train",
+        "--config",
+        "dual_encoder",
+        "--data",
+        str(pair_table),
+        "--pair",
+        "photo,words",
+        "--out",
+        str(out),
+        "--encoders.photo.name",
+        "Backbone",
+        "--encoders.photo.model",
+        "image",
+        "--encoders.words.name",
+        "Backbone",
+        "--encoders.words.model",
+        "text",
+        "--train.epochs",
+        "2",
+        "--accelerator",
+        "cpu",
+    ]
     assert run([*words, "--data.modalities.words.tokenizer", "text"]) == 0
     monkeypatch.chdir(tmp_path)
     data = recipes.load_recipe(out / "recipe.yaml").data["modalities"]
@@ -339,7 +376,8 @@ def test_frozen_backbones(pair_table, backbones, tmp_path, capfd, monkeypatch):
         (["--encoders.words.model", "gone"], "expected the tokenizer of its model, got none in 'gone'"),
         (["--encoders.words.model", "text", "--data.modalities.words.tokenizer", "gone"],
          "modality 'words': expected a folder with a tokenizer"),
-        (["--encoders.words.model", "text", "--data.modalities.wrds.tokenizer", "text"], "expected a known modality, got 'wrds'"),
+        (["--encoders.words.model", "text", "--data.modalities.wrds.tokenizer", "text"], "expected a known modality, "
+                                                                                         "got 'wrds'"),
     ],
 )  # fmt: skip
 def test_backbones_without_tokenizer(pair_table, backbones, monkeypatch, capfd, options, message):

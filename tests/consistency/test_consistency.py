@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import equipoise as eq
+from equipoise import consistency
 from equipoise.consistency import (
     contradiction_excess,
     pair_error,
@@ -99,8 +100,10 @@ def test_against_loops(count, size, noise, seed):
     blocks = {
         (i, j): (1 - noise) * full[i * size : (i + 1) * size, j * size : (j + 1) * size]
         + noise * random.dirichlet(np.ones(size), size)
-        for i in range(count) for j in range(count) if i != j
-    }  # fmt: skip
+        for i in range(count)
+        for j in range(count)
+        if i != j
+    }
     matrix = eq.consistency.supermatrix({pair: torch.from_numpy(block) for pair, block in blocks.items()})
     expected = slow.supermatrix(blocks, count, size)
     np.testing.assert_array_equal(matrix.numpy(), expected)
@@ -132,9 +135,11 @@ def test_token_permutation_and_modality_order_do_not_matter(seed):
     order = torch.cat([torch.arange(3) + 3 * m for m in torch.randperm(3, generator=random)])
     reordered = matrix[order][:, order]
     for score in (
-        lambda p: eq.consistency.consistency_score(p, num_modalities=3), lambda p: eq.consistency.cycle_error(p, num_modalities=3),
-        eq.consistency.nuclear_norm, lambda p: pair_error(p, num_modalities=3),
-    ):  # fmt: skip
+        lambda p: eq.consistency.consistency_score(p, num_modalities=3),
+        lambda p: eq.consistency.cycle_error(p, num_modalities=3),
+        eq.consistency.nuclear_norm,
+        lambda p: pair_error(p, num_modalities=3),
+    ):
         for changed in (relabelled, reordered):
             torch.testing.assert_close(score(changed), score(matrix), **EXACT)
 
@@ -249,32 +254,45 @@ def test_synchronize_corrects_one_wrong_map(size):
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: eq.consistency.nuclear_norm(torch.ones(2, 3)), ShapeError, r"nuclear_norm: expected a square matrix.*\(2, 3\)"),
-        (lambda: eq.consistency.nuclear_norm(torch.ones(2, 2, dtype=torch.int64)), ShapeError, r"floating matrix.*int64"),
-        (lambda: eq.consistency.nuclear_norm(torch.full((2, 2), math.nan)), NonFiniteError, "expected finite numbers"),
-        (lambda: eq.consistency.nuclear_norm(torch.eye(2), method="grams"), ConfigError, "Did you mean 'gram'"),
-        (lambda: eq.consistency.consistency_score(torch.eye(5), num_modalities=2), ShapeError, r"2 equal blocks, got size 5"),
-        (lambda: eq.consistency.consistency_score(torch.eye(5), sizes=(2, 2)), ShapeError, "add up to 5"),
-        (lambda: eq.consistency.consistency_score(torch.eye(4)), ConfigError, "got neither"),
-        (lambda: eq.consistency.consistency_score(torch.eye(4), num_modalities=1), ConfigError, "two or more modalities"),
-        (lambda: eq.consistency.cycle_error(torch.eye(4), num_modalities=1), ConfigError, "two or more modalities"),
-        (lambda: eq.consistency.synchronize(torch.eye(4), num_modalities=2, kind="harder"), ConfigError, "Did you mean 'hard'"),
-        (lambda: eq.consistency.supermatrix({("a", "b"): I, ("c", "b"): I}), ConfigError, "none between 'a' and 'c'"),
-        (lambda: eq.consistency.supermatrix({("a", "b"): I, ("b", "c"): torch.ones(2, 3)}), ShapeError, "3 tokens of 'b'"),
-        (lambda: eq.consistency.supermatrix({("a", "b"): I / 0}), NonFiniteError, r"block \(a, b\): expected finite"),
-        (lambda: eq.consistency.supermatrix({("a", "b"): torch.ones(3)}), ShapeError, "expected a floating map"),
-        (lambda: eq.consistency.supermatrix({}), ShapeError, "at least one map"),
-        (lambda: eq.consistency.supermatrix([[None, I], [None]]), ShapeError, "2 rows of 2 blocks"),
-        (lambda: eq.consistency.supermatrix({(0, 1): I}, diagonal="self"), ConfigError, "'identity' or 'given'"),
+        (
+            lambda: consistency.nuclear_norm(torch.ones(2, 3)),
+            ShapeError,
+            r"nuclear_norm: expected a square matrix.*\(2, 3\)",
+        ),
+        (lambda: consistency.nuclear_norm(torch.ones(2, 2, dtype=torch.int64)), ShapeError, r"floating matrix.*int64"),
+        (lambda: consistency.nuclear_norm(torch.full((2, 2), math.nan)), NonFiniteError, "expected finite numbers"),
+        (lambda: consistency.nuclear_norm(torch.eye(2), method="grams"), ConfigError, "Did you mean 'gram'"),
+        (
+            lambda: consistency.consistency_score(torch.eye(5), num_modalities=2),
+            ShapeError,
+            r"2 equal blocks, got size 5",
+        ),
+        (lambda: consistency.consistency_score(torch.eye(5), sizes=(2, 2)), ShapeError, "add up to 5"),
+        (lambda: consistency.consistency_score(torch.eye(4)), ConfigError, "got neither"),
+        (lambda: consistency.consistency_score(torch.eye(4), num_modalities=1), ConfigError, "two or more modalities"),
+        (lambda: consistency.cycle_error(torch.eye(4), num_modalities=1), ConfigError, "two or more modalities"),
+        (
+            lambda: consistency.synchronize(torch.eye(4), num_modalities=2, kind="harder"),
+            ConfigError,
+            "Did you mean 'hard'",
+        ),
+        (lambda: consistency.supermatrix({("a", "b"): I, ("c", "b"): I}), ConfigError, "none between 'a' and 'c'"),
+        (lambda: consistency.supermatrix({("a", "b"): I, ("b", "c"): torch.ones(2, 3)}), ShapeError, "3 tokens of 'b'"),
+        (lambda: consistency.supermatrix({("a", "b"): I / 0}), NonFiniteError, r"block \(a, b\): expected finite"),
+        (lambda: consistency.supermatrix({("a", "b"): torch.ones(3)}), ShapeError, "expected a floating map"),
+        (lambda: consistency.supermatrix({}), ShapeError, "at least one map"),
+        (lambda: consistency.supermatrix([[None, I], [None]]), ShapeError, "2 rows of 2 blocks"),
+        (lambda: consistency.supermatrix({(0, 1): I}, diagonal="self"), ConfigError, "'identity' or 'given'"),
         (lambda: supermatrix_from_tokens([I[None], torch.ones(1, 3, 2)]), ShapeError, "equal width"),
         (
             lambda: supermatrix_from_tokens([I[None]] * 2, masks=[torch.zeros(1, 3, dtype=torch.bool)] * 2),
-            ShapeError, "a sample of padding alone",
+            ShapeError,
+            "a sample of padding alone",
         ),
         (lambda: supermatrix_from_attention(I, torch.tensor([0, 0, 2])), ShapeError, "tokens of every modality"),
         (lambda: supermatrix_from_attention(I, torch.tensor([0, 1])), ShapeError, r"\(3, 3\) and \(2,\)"),
     ],
-)  # fmt: skip
+)
 def test_invalid_maps_raise(call, error, message):
     with pytest.raises(error, match=message):
         call()
@@ -330,7 +348,7 @@ def test_slots_accept_any_number_of_tokens():
             mask=torch.arange(len(part) + 2).expand(3, -1) < len(part),
         )
         for name, part in parts.items()
-    }  # fmt: skip
+    }
     torch.testing.assert_close(loss(padded), value, **SINGLE)
 
 
@@ -352,15 +370,23 @@ def test_loss_of_a_model_and_of_samples_with_missing_modalities():
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: eq.consistency.ConsistencyLoss(slots=3), ConfigError, "dim, and slots >= 2"),
-        (lambda: eq.consistency.ConsistencyLoss(5, slots=1), ConfigError, "slots = 1"),
-        (lambda: eq.consistency.ConsistencyLoss(5, kind="ranks"), ConfigError, "Did you mean 'rank'"),
-        (lambda: eq.consistency.ConsistencyLoss(5, temperature=0.0), ConfigError, "temperature > 0"),
-        (lambda: eq.consistency.ConsistencyLoss(7, slots=2).double()(random_tokens(3, 3)), ShapeError, "'m0': expected width dim = 7"),
-        (lambda: eq.consistency.ConsistencyLoss(slots=None)(random_tokens(3, 4)), ShapeError, "equally many tokens"),
-        (lambda: eq.consistency.ConsistencyLoss(5, slots=2).double()(random_tokens(3)), ConfigError, "two or more modalities"),
+        (lambda: consistency.ConsistencyLoss(slots=3), ConfigError, "dim, and slots >= 2"),
+        (lambda: consistency.ConsistencyLoss(5, slots=1), ConfigError, "slots = 1"),
+        (lambda: consistency.ConsistencyLoss(5, kind="ranks"), ConfigError, "Did you mean 'rank'"),
+        (lambda: consistency.ConsistencyLoss(5, temperature=0.0), ConfigError, "temperature > 0"),
+        (
+            lambda: consistency.ConsistencyLoss(7, slots=2).double()(random_tokens(3, 3)),
+            ShapeError,
+            "'m0': expected width dim = 7",
+        ),
+        (lambda: consistency.ConsistencyLoss(slots=None)(random_tokens(3, 4)), ShapeError, "equally many tokens"),
+        (
+            lambda: consistency.ConsistencyLoss(5, slots=2).double()(random_tokens(3)),
+            ConfigError,
+            "two or more modalities",
+        ),
     ],
-)  # fmt: skip
+)
 def test_invalid_inputs_of_the_loss_raise(call, error, message):
     with pytest.raises(error, match=message):
         call()

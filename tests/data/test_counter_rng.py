@@ -39,9 +39,13 @@ def test_numbers_of_a_sample_do_not_depend_on_the_batch(order, seed, epoch):
 def test_numbers_depend_on_every_part_of_the_key():
     index = torch.arange(3)
     draws = [
-        CounterRNG(0, 0, index).normal("a", 5), CounterRNG(1, 0, index).normal("a", 5), CounterRNG(0, 1, index).normal("a", 5),
-        CounterRNG(0, 0, index, "val").normal("a", 5), CounterRNG(0, 0, index).normal("b", 5), CounterRNG(0, 0, index + 3).normal("a", 5),
-    ]  # fmt: skip
+        CounterRNG(0, 0, index).normal("a", 5),
+        CounterRNG(1, 0, index).normal("a", 5),
+        CounterRNG(0, 1, index).normal("a", 5),
+        CounterRNG(0, 0, index, "val").normal("a", 5),
+        CounterRNG(0, 0, index).normal("b", 5),
+        CounterRNG(0, 0, index + 3).normal("a", 5),
+    ]
     values = torch.cat([draw.flatten() for draw in draws])
     assert len(values.unique()) == len(values)
 

@@ -153,10 +153,17 @@ def test_datasets_folder_with_images_and_split_column(tmp_path):
 
 
 def test_targets():
-    frame = pd.DataFrame({
-        "x_0": [0.1] * 8, "x_1": [0.2] * 8, "score": np.arange(8) + 0.5, "tags": ["a;b", "b", "c", "a", "a", "b;c", "c", "a"],
-        "l1": [0, 1] * 4, "l2": [1, 1, 0, 0] * 2, "count": [0, 1, 2, 3] * 2,
-    })  # fmt: skip
+    frame = pd.DataFrame(
+        {
+            "x_0": [0.1] * 8,
+            "x_1": [0.2] * 8,
+            "score": np.arange(8) + 0.5,
+            "tags": ["a;b", "b", "c", "a", "a", "b;c", "c", "a"],
+            "l1": [0, 1] * 4,
+            "l2": [1, 1, 0, 0] * 2,
+            "count": [0, 1, 2, 3] * 2,
+        }
+    )
     score = Manifest(frame, target="score", kinds={"tags": "ignore"})
     assert (score.task, score.target.shape) == ("regression", (8, 1))
     tags = Manifest(frame, target="tags")
@@ -208,9 +215,14 @@ def test_split_column_and_missing_splits(tmp_path):
     with warnings.catch_warnings(record=True) as result:
         warnings.simplefilter("always")
         split_rows(
-            30, split=["train"] * 10 + ["val"] * 10 + ["test"] * 10, group=["a", "b"] * 15, classes=None, folds=5, fold=0,
+            30,
+            split=["train"] * 10 + ["val"] * 10 + ["test"] * 10,
+            group=["a", "b"] * 15,
+            classes=None,
+            folds=5,
+            fold=0,
             seed=0,
-        )  # fmt: skip
+        )
     assert "2 groups have rows in train and in val, such as 'a'" in str(result[0].message)
 
 
@@ -340,7 +352,8 @@ def test_options_of_modalities(tmp_path, modality, message):
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ({"modalities": ["a"]}, r"Manifest modalities: expected a kind, or a mapping with a kind, for each name, got \['a'\]"),
+    ({"modalities": ["a"]}, r"Manifest modalities: expected a kind, or a mapping with a kind, for each name, got "
+                            r"\['a'\]"),
     ({"kinds": "photo"}, "Manifest kinds: expected a kind, or a mapping"),
     ({"kinds": {"x": "audio"}}, "modality 'x': expected one column of audio, got 2"),
     ({"fold": "9" * 5_000}, "expected a fold from 0 to folds - 1, got fold = '999"),

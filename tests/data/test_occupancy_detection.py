@@ -20,7 +20,8 @@ def synthetic_folder(tmp_path_factory):
     folder.mkdir()
     for part, rows in ROWS.items():
         lines = [
-            f'"{row}","2015-02-{4 + 6 * row // rows:02d} 12:00:00",{20 + row % 3},{25 + row % 5},{row % 7},500,0.004,{row % 2}\n'
+            f'"{row}","2015-02-{4 + 6 * row // rows:02d} '
+            f'12:00:00",{20 + row % 3},{25 + row % 5},{row % 7},500,0.004,{row % 2}\n'
             for row in range(rows)
         ]
         (folder / f"{part}.txt").write_text(HEADER + "".join(lines))

@@ -27,11 +27,17 @@ def frame(rows=ROWS, seed=0):
     label = random.integers(0, 3, rows)
     number = random.normal(size=(rows, 2)) * 3 + 5
     number[::7, 0] = np.nan
-    return pd.DataFrame({
-        "imu_0": number[:, 0], "imu_1": number[:, 1], "color": np.array(["red", "green", "blue"])[label],
-        "note": [f"this is sentence {i % 11} of a text" for i in range(rows)], "who": [f"p{i % 23}" for i in range(rows)],
-        "label": [f"c{one}" for one in label], "split": (["train"] * 3 + ["val", "test"]) * (rows // 5),
-    })  # fmt: skip
+    return pd.DataFrame(
+        {
+            "imu_0": number[:, 0],
+            "imu_1": number[:, 1],
+            "color": np.array(["red", "green", "blue"])[label],
+            "note": [f"this is sentence {i % 11} of a text" for i in range(rows)],
+            "who": [f"p{i % 23}" for i in range(rows)],
+            "label": [f"c{one}" for one in label],
+            "split": (["train"] * 3 + ["val", "test"]) * (rows // 5),
+        }
+    )
 
 
 def shards(folder, table, kind, parts=4):
@@ -185,8 +191,12 @@ def test_images_are_checked_and_skipped(images):
     fewer = StreamDataset(images, target="label", skip=[5])
     assert sum(len(fewer.split(name)) for name in ("train", "val", "test")) == 59
     assert fewer.check() == {}
-    masks = [b["mask"]["photo"] for name in ("train", "val", "test") for b in fewer.batches(name, 8, seed=0, epoch=0, train=False)
-             if "mask" in b]  # fmt: skip
+    masks = [
+        b["mask"]["photo"]
+        for name in ("train", "val", "test")
+        for b in fewer.batches(name, 8, seed=0, epoch=0, train=False)
+        if "mask" in b
+    ]
     assert sum(int((~mask).sum()) for mask in masks) == 1
 
 
@@ -247,28 +257,78 @@ def truncated(folder):
 FAULTS = {
     "truncated parquet": ("parquet", truncated, {}, "shard 3: expected readable rows|that datasets can stream"),
     "column missing in a later shard": (
-        "csv", later(lambda t: t.drop(columns="imu_0")), {}, "expected a column 'imu_0', as in the first shard"),
+        "csv",
+        later(lambda t: t.drop(columns="imu_0")),
+        {},
+        "expected a column 'imu_0', as in the first shard",
+    ),
     "text among numbers in a later shard": (
-        "csv", later(lambda t: t.assign(imu_0="many")), {}, "columns of the same types in all shards|as in the first rows"),
-    "empty target in a later shard": ("csv", later(lambda t: t.assign(label=None)), {}, "target 'label': expected a value in every"),
-    "unknown split": ("csv", later(lambda t: t.assign(split="holdout")), {}, "stream split: expected train, val or test"),
-    "infinity in a later shard": ("csv", later(lambda t: t.assign(imu_1=np.inf)), {}, "finite numbers, got infinity in row 225"),
-    "no rows in val": ("csv", lambda f: [p.write_text(p.read_text().replace(",val", ",test")) for p in f.iterdir()], {},
-                       "expected rows in train, val and test, got none in val of 300 rows"),
+        "csv",
+        later(lambda t: t.assign(imu_0="many")),
+        {},
+        "columns of the same types in all shards|as in the first rows",
+    ),
+    "empty target in a later shard": (
+        "csv",
+        later(lambda t: t.assign(label=None)),
+        {},
+        "target 'label': expected a value in every",
+    ),
+    "unknown split": (
+        "csv",
+        later(lambda t: t.assign(split="holdout")),
+        {},
+        "stream split: expected train, val or test",
+    ),
+    "infinity in a later shard": (
+        "csv",
+        later(lambda t: t.assign(imu_1=np.inf)),
+        {},
+        "finite numbers, got infinity in row 225",
+    ),
+    "no rows in val": (
+        "csv",
+        lambda f: [p.write_text(p.read_text().replace(",val", ",test")) for p in f.iterdir()],
+        {},
+        "expected rows in train, val and test, got none in val of 300 rows",
+    ),
     "unknown column": ("csv", lambda f: None, {"target": "labels"}, "expected a known column, got 'labels'"),
     "weights": ("csv", lambda f: None, {"weight": "imu_0"}, "expected no weight, which needs all rows at once"),
     "pairs": ("csv", lambda f: None, {"pair": ["note", "color"]}, "expected no pair, which needs all rows at once"),
-    "fold": ("csv", lambda f: None, {"fold": "7"}, "expected folds >= 3 and 0 <= fold < folds, got folds = 5, fold = 7"),
+    "fold": (
+        "csv",
+        lambda f: None,
+        {"fold": "7"},
+        "expected folds >= 3 and 0 <= fold < folds, got folds = 5, fold = 7",
+    ),
     "buffer": ("csv", lambda f: None, {"buffer_size": 0}, "expected buffer_size from 1 to 10,000,000, got 0"),
-    "changed data": ("csv", lambda f: None, {"checksum": "0" * 16}, "expected the data that the model was trained with"),
+    "changed data": (
+        "csv",
+        lambda f: None,
+        {"checksum": "0" * 16},
+        "expected the data that the model was trained with",
+    ),
     "no files": ("csv", lambda f: [p.unlink() for p in f.iterdir()], {}, "that datasets can stream"),
-    "header only": ("csv", lambda f: [p.write_text(p.read_text().splitlines()[0] + "\n") for p in f.iterdir()], {},
-                    "expected at least one row, got none|that datasets can stream"),
-    "not UTF-8": ("csv", lambda f: [p.write_bytes(p.read_bytes().replace(b"red", b"r\xe9d")) for p in f.iterdir()], {},
-                  "utf-8|UTF-8"),
-    "a longer row": ("csv", lambda f: (f / "part3.csv").open("a").write("1,2,red,x,p,c0,train,9,9,9\n"), {}, "readable rows"),
+    "header only": (
+        "csv",
+        lambda f: [p.write_text(p.read_text().splitlines()[0] + "\n") for p in f.iterdir()],
+        {},
+        "expected at least one row, got none|that datasets can stream",
+    ),
+    "not UTF-8": (
+        "csv",
+        lambda f: [p.write_bytes(p.read_bytes().replace(b"red", b"r\xe9d")) for p in f.iterdir()],
+        {},
+        "utf-8|UTF-8",
+    ),
+    "a longer row": (
+        "csv",
+        lambda f: (f / "part3.csv").open("a").write("1,2,red,x,p,c0,train,9,9,9\n"),
+        {},
+        "readable rows",
+    ),
     "broken jsonl": ("jsonl", lambda f: (f / "part3.jsonl").open("a").write('{"imu_0": 1, '), {}, "readable rows"),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(autouse=True)

@@ -91,7 +91,8 @@ def test_misspelling_rate():
     lost = 5 - (result > 0).sum(dim=1).float()
     assert abs(float(lost.mean()) - 4 * slips / 3) < 5 * math.sqrt(4 * 0.1 * 0.9 / count)
     exact = sum(decode_word(ids) == "seven" for ids in result) / count
-    # All letters are right, some of them replaced by themselves; or the last ones are all late, which restores the word.
+    # All letters are right, some of them replaced by themselves; or the last ones are all late, which restores the
+    # word.
     late, right = slips / 3, 1 - slips + slips / 3 / len(LETTERS)
     expected = sum((right + slips / 3) * right ** (4 - behind) * late**behind for behind in range(5)) + late**5
     assert abs(exact - expected) < 5 * math.sqrt(expected * (1 - expected) / count)

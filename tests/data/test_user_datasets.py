@@ -11,9 +11,11 @@ from equipoise.errors import ConfigError, DataError, ShapeError
 def random_split(size=9, features=4):
     generator = torch.Generator().manual_seed(size)
     return {
-        "audio": torch.randn(size, 5, 3, generator=generator), "sensor": torch.randn(size, features, generator=generator),
-        "target": torch.arange(size) % 3, "mask": {"sensor": torch.arange(size) % 4 > 0},
-    }  # fmt: skip
+        "audio": torch.randn(size, 5, 3, generator=generator),
+        "sensor": torch.randn(size, features, generator=generator),
+        "target": torch.arange(size) % 3,
+        "mask": {"sensor": torch.arange(size) % 4 > 0},
+    }
 
 
 def test_tensor_dataset():

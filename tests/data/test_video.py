@@ -24,7 +24,8 @@ def missing():
         return "no torchcodec"
     except (RuntimeError, OSError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        return f"torchcodec does not load with torch {torch.__version__} and this FFmpeg: {lines[-1] if lines else error!r}"
+        reason = lines[-1] if lines else repr(error)
+        return f"torchcodec does not load with torch {torch.__version__} and this FFmpeg: {reason}"
     return None
 
 

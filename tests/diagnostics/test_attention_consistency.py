@@ -303,8 +303,12 @@ def test_spectral_scores_against_loops(sizes):
         for i, a in enumerate(sizes) for j, b in enumerate(sizes) if i != j
     }  # fmt: skip
     matrix = eq.consistency.supermatrix(blocks, symmetrize=True)
-    expected = (eq.consistency.consistency_score(matrix, sizes=sizes), eq.consistency.effective_rank(matrix), contradiction_excess(matrix),
-              top_energy(matrix, sizes=sizes))  # fmt: skip
+    expected = (
+        eq.consistency.consistency_score(matrix, sizes=sizes),
+        eq.consistency.effective_rank(matrix),
+        contradiction_excess(matrix),
+        top_energy(matrix, sizes=sizes),
+    )
     result = spectral(matrix, sizes=sizes)
     assert [float(value) for value in result] == pytest.approx([float(value) for value in expected], rel=1e-6, abs=1e-9)
 
@@ -338,7 +342,8 @@ def test_missing_maps_have_a_reason(case):
     fusion, reason = REASONS[case]
     with pytest.raises(
         ConfigError,
-        match=f"expected a layer with attention between the tokens of all modalities.*{reason}.*compare the tokens of the encoders",
+        match=f"expected a layer with attention between the tokens of all modalities.*{reason}.*compare the tokens "
+        f"of the encoders",
     ):
         eq.diagnostics.attention_consistency(build_model(fusion()), [batch(THREE)])
     assert (

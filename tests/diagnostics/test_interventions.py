@@ -444,7 +444,10 @@ def test_unsupported_attention_raises():
     message = r"got 'GroupedAttention', but it has 7 keys, and modality is given for 5. Give one label for each key"
     with pytest.raises(ConfigError, match=message), without_modality(layer, "0", modality=short):
         layer(tokens)
-    message = r"without_modality changed only some of the calls of 'GroupedAttention', but it has 7 keys, and modality is given"
+    message = (
+        r"without_modality changed only some of the calls of 'GroupedAttention', "
+        r"but it has 7 keys, and modality is given"
+    )
     block = contextlib.ExitStack()
     result = block.enter_context(without_modality(layer, "0", modality=short))
     layer(tokens[:, :5])

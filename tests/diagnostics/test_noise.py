@@ -207,7 +207,10 @@ def test_batches_without_the_modality_are_unchanged():
     lacking = [batch(), {**batch(), "image": None}]
     assert collect_predictions(model, lacking).share[5:, :, 1].abs().max() == 0
     assert collect_predictions(model, lacking, noise=NoiseSource("audio")).cosine.isnan().any(dim=1)[:, 1].sum() == 5
-    message = "read 'image': expected a floating tensor or word ids in every batch.*, got NoneType. Leave out batches that lack"
+    message = (
+        "read 'image': expected a floating tensor or word ids in every batch.*, got NoneType. "
+        "Leave out batches that lack"
+    )
     with pytest.raises(ShapeError, match=message):
         collect_predictions(model, lacking, noise=NoiseSource("image"))
     with pytest.raises(ShapeError, match=message.replace("read", "noise_response")):

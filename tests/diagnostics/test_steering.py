@@ -397,9 +397,11 @@ class MultiheadSelfAttention(nn.Module):
 
 
 FOREIGN = {
-    "MultiheadAttention": MultiheadSelfAttention, "encoder": lambda: nn.TransformerEncoderLayer(12, 2, 5, batch_first=True),
-    "scaled_dot_product_attention": lambda: GroupedAttention(12, 6, 3), "softmax": ExplicitAttention,
-}  # fmt: skip
+    "MultiheadAttention": MultiheadSelfAttention,
+    "encoder": lambda: nn.TransformerEncoderLayer(12, 2, 5, batch_first=True),
+    "scaled_dot_product_attention": lambda: GroupedAttention(12, 6, 3),
+    "softmax": ExplicitAttention,
+}
 COLUMNS = torch.tensor([-1, 0, 0, 1, 1, 1, 0])
 KNOWN = {"modality": COLUMNS, "names": ("audio", "image")}
 

@@ -117,9 +117,11 @@ def test_conv_encoder_against_loops():
         (lambda: TextEncoder(5, max_length=0, dim=4), ConfigError, "max_length >= 1, got 5 and 0"),
         (lambda: build_encoder()(torch.zeros(2, 3)), ShapeError, r"integers of .*, got shape \(2, 3\), torch\.float32"),
         (lambda: build_encoder()(torch.zeros(3, dtype=torch.long)), ShapeError, r"got shape \(3,\), torch.int64"),
-        (lambda: build_encoder()(torch.ones(2, 5, dtype=torch.long)), ShapeError, "1 to 4 words, got 5. Truncate the texts"),
+        (lambda: build_encoder()(torch.ones(2, 5, dtype=torch.long)), ShapeError, "1 to 4 words, got 5. Truncate the "
+                                                                                  "texts"),
         (lambda: build_encoder()(torch.ones(2, 0, dtype=torch.long)), ShapeError, "expected 1 to 4 words, got 0"),
-        (lambda: build_encoder()(torch.tensor([[1, 7]])), ShapeError, "indices from 0 to 6, got 1 to 7. Build the encoder"),
+        (lambda: build_encoder()(torch.tensor([[1, 7]])), ShapeError, "indices from 0 to 6, got 1 to 7. Build the "
+                                                                      "encoder"),
         (lambda: build_encoder()(torch.tensor([[1, -1]])), ShapeError, "got -1 to 1"),
         (lambda: ConvEncoder(3, (8, 8), dim=4, widths=()), ConfigError, r"one or more widths.*, got \(\)"),
         (lambda: ConvEncoder(3, (8, 8), dim=4, widths=(8, 12)), ConfigError, r"multiples of 8, got \(8, 12\)"),
@@ -128,12 +130,17 @@ def test_conv_encoder_against_loops():
             r"ConvEncoder: expected \(batch, channel, height, width\) = \(batch, 3, 8, 8\), got shape \(2, 1, 8, 8\)",
         ),
         (lambda: WordVocabulary(CAPTIONS, length=0), ConfigError, "Words: expected length >= 1, got 0"),
-        (lambda: WordVocabulary(["?", ""], length=3), ConfigError, "Words: expected captions with words in them, got none"),
+        (lambda: WordVocabulary(["?", ""], length=3), ConfigError, "Words: expected captions with words in them, got "
+                                                                   "none"),
         (lambda: build_vocabulary().encode([""]), ShapeError, "Words: expected a text with a word in it, got ''"),
-        (lambda: build_vocabulary().encode(["red", " ?! "]), ShapeError, "Words, text 1: expected a text .*, got ' [?]! '"),
-        (lambda: build_vocabulary().encode(["red " * 6], "caption"), ShapeError, "caption: .* at most 5 words, got 6 .'red red"),
-        (lambda: build_vocabulary().encode(["xyz"]), ConfigError, r"expected a known word, got 'xyz'\. Choose one of: blue"),
-        (lambda: build_vocabulary().encode(["kks"]), ConfigError, r"expected a known word, got 'kks'\. Did you mean 'kiss'"),
+        (lambda: build_vocabulary().encode(["red", " ?! "]), ShapeError, "Words, text 1: expected a text .*, got ' "
+                                                                         "[?]! '"),
+        (lambda: build_vocabulary().encode(["red " * 6], "caption"), ShapeError, "caption: .* at most 5 words, got 6 "
+                                                                                 ".'red red"),
+        (lambda: build_vocabulary().encode(["xyz"]), ConfigError, r"expected a known word, got 'xyz'\. Choose one "
+                                                                  r"of: blue"),
+        (lambda: build_vocabulary().encode(["kks"]), ConfigError, r"expected a known word, got 'kks'\. Did you mean "
+                                                                  r"'kiss'"),
     ],
 )  # fmt: skip
 def test_invalid_input_raises(call, kind, message):

@@ -167,8 +167,12 @@ def test_failed_calls_are_retried(tmp_path):
     # A power failure in the middle of a line.
     journal.write_bytes(journal.read_bytes() + b'{"key": "abc", "te')
     calls.clear()
-    again = eq.blind(lambda image, prompt: calls.append(prompt) or answer_from_image(image, prompt), data, journal=journal,
-                     conditions=("given", "none"))  # fmt: skip
+    again = eq.blind(
+        lambda image, prompt: calls.append(prompt) or answer_from_image(image, prompt),
+        data,
+        journal=journal,
+        conditions=("given", "none"),
+    )
     assert calls == ["Which color has thing 2?"] * 2 + ["Which color has thing 4?"] * 2
     assert again.failed == 0
     assert again.accuracy == {"given": 1.0, "none": 0.0}
@@ -232,8 +236,10 @@ def test_several_workers_give_the_same_result():
 
 
 def test_yes_bias_is_reported():
-    data = [{"image": Image.new("RGB", (2, 2), (n, 0, 0)), "question": f"Is it {n}?", "answer": "yes" if n % 2 else "no"}
-            for n in range(20)]  # fmt: skip
+    data = [
+        {"image": Image.new("RGB", (2, 2), (n, 0, 0)), "question": f"Is it {n}?", "answer": "yes" if n % 2 else "no"}
+        for n in range(20)
+    ]
     result = eq.blind(lambda image, prompt: "Yes, it is.", data)
     assert result.yes_no["given"] == pytest.approx(
         {"questions": 20, "yes_answers": 0.5, "yes_replies": 1.0, "precision": 0.5, "recall": 1.0, "f1": 2 / 3}
@@ -285,8 +291,13 @@ def test_normalization():
 
 def test_metrics():
     data = [{**sample, "answer": "Red"} for sample in build_samples(4)]
-    for metric, reply, value in (("exact", "red", 0.0), ("exact", " Red\n", 1.0), ("normalized", "It's red", 0.0),
-                                 ("normalized", "a red.", 1.0), (lambda reply, sample: "red" in reply, "reddish", 1.0)):  # fmt: skip
+    for metric, reply, value in (
+        ("exact", "red", 0.0),
+        ("exact", " Red\n", 1.0),
+        ("normalized", "It's red", 0.0),
+        ("normalized", "a red.", 1.0),
+        (lambda reply, sample: "red" in reply, "reddish", 1.0),
+    ):
         result = eq.blind(lambda image, prompt, reply=reply: reply, data, metric=metric, conditions=("given",))
         assert result.accuracy == {"given": value}
 

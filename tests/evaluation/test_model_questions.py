@@ -198,7 +198,8 @@ def build_audio_model():
     )  # fmt: skip
     extractor = hf.WhisperFeatureExtractor(feature_size=5, chunk_length=1, sampling_rate=16000)
     template = (
-        "{% for message in messages %}{% for part in message.content %}{% if part.type == 'audio' %}<|audio_bos|> <|AUDIO|> "
+        "{% for message in messages %}{% for part in message.content %}{% if part.type == 'audio' %}<|audio_bos|> "
+        "<|AUDIO|> "
         "<|audio_eos|> {% else %}{{ part.text }}{% endif %}{% endfor %}{% endfor %}"
     )
     encode = hf.Qwen2AudioProcessor(feature_extractor=extractor, tokenizer=tokenizer, chat_template=template)

@@ -307,8 +307,10 @@ def test_tokens_keep_their_leading_space():
              r"image, got text only. Give image=..., or --image FILE."),
         ({"audio": np.zeros(8)}, "expected inputs of LlavaForConditionalGeneration: text and image, got audio"),
         ({"image": wide_image(), "text": "  "}, "expected a text, such as a question about the image, got none"),
-        ({"image": wide_image(), "answer": " "}, "look answer: expected text of at least one token without placeholders"),
-        ({"image": wide_image(), "answer": "cat <image>"}, "look answer: expected text of at least one token without placeholders"),
+        ({"image": wide_image(), "answer": " "}, "look answer: expected text of at least one token without "
+                                                 "placeholders"),
+        ({"image": wide_image(), "answer": "cat <image>"}, "look answer: expected text of at least one token without "
+                                                           "placeholders"),
         ({"image": wide_image(), "max_new_tokens": 0}, "expected max_new_tokens >= 1 and exclude_top_k >= 0"),
         ({"image": wide_image(), "layers": "*nowhere*"}, r"expected a known module for layers, got '\*nowhere\*'"),
     ],

@@ -302,9 +302,15 @@ def test_lightning_clips_in_the_same_order(tmp_path):
     lit = LightningStep(model, eq.BalancerList(model, [GradientScaler()]))
     with quiet_lightning():
         pl.Trainer(
-            max_steps=1, gradient_clip_val=0.1, callbacks=[eq.lightning.BalancerCallback(lit.balancing)], accelerator="cpu",
-            logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        ).fit(lit, torch.utils.data.DataLoader(samples(), PER_STEP))  # fmt: skip
+            max_steps=1,
+            gradient_clip_val=0.1,
+            callbacks=[eq.lightning.BalancerCallback(lit.balancing)],
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        ).fit(lit, torch.utils.data.DataLoader(samples(), PER_STEP))
     for name, expected in ours.items():
         result = float((model.encoders[name].weight.detach() - before[name]).norm())
         assert result == pytest.approx(expected, rel=1e-4)
@@ -315,7 +321,8 @@ def test_missing_transformers_raises(monkeypatch):
     monkeypatch.delitem(sys.modules, "equipoise.integrations.huggingface")
     with pytest.raises(
         eq.errors.MissingExtraError,
-        match=r"eq\.hf: expected the package 'transformers', got none installed\. Install it: pip install 'equipoise\[hf",
+        match=r"eq\.hf: expected the package 'transformers', got none installed\. Install it: pip install "
+        r"'equipoise\[hf",
     ):
         _ = eq.hf
 

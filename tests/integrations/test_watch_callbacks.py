@@ -200,9 +200,18 @@ def vlm():
 
 def hf_trainer(folder, model, samples, *callbacks, **options):
     options = {
-        "num_train_epochs": 2, "per_device_train_batch_size": 2, "learning_rate": 0.1, "optim": "sgd", "report_to": "none",
-        "logging_strategy": "no", "save_strategy": "no", "disable_tqdm": True, "use_cpu": True, "seed": 3, **options,
-    }  # fmt: skip
+        "num_train_epochs": 2,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 0.1,
+        "optim": "sgd",
+        "report_to": "none",
+        "logging_strategy": "no",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "seed": 3,
+        **options,
+    }
     args = transformers.TrainingArguments(str(folder), **options)
     return transformers.Trainer(model, args, train_dataset=samples, callbacks=list(callbacks))
 

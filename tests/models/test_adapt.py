@@ -259,12 +259,15 @@ def test_missing_modalities_of_samples_are_masked():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"encoders": {}}, r"encoders=\{modality: module\}, got MultiheadNet and encoders = \{\}.*watch and RollingQ work"),
-        ({"encoders": {"audio": "audoi", "image": "image"}}, r"encoder 'audio': expected a known module, got 'audoi'\. Did"),
+        ({"encoders": {}}, r"encoders=\{modality: module\}, got MultiheadNet and encoders = \{\}.*watch and RollingQ "
+                           r"work"),
+        ({"encoders": {"audio": "audoi", "image": "image"}}, r"encoder 'audio': expected a known module, got "
+                                                             r"'audoi'\. Did"),
         ({"encoders": {"audio": nn.Linear(2, 2)}}, r"a module inside MultiheadNet, or its dotted name, got Linear"),
         ({"encoders": {"audio": "audio", "image": "audio"}}, r"a separate encoder for each modality"),
         ({"encoders": {"mask": "audio"}}, r"modality names without dots that are not reserved, got 'mask'"),
-        ({"encoders": {"sound": "audio", "image": "image", "text": "norm"}}, r"a forward with arguments for sound, image, text"),
+        ({"encoders": {"sound": "audio", "image": "image", "text": "norm"}}, r"a forward with arguments for sound, "
+                                                                             r"image, text"),
         ({"names": ("audio",)}, r"an order of audio, image"),
         ({"heads": {"audio": "norm"}}, r"a head for each of audio, image"),
         ({"head": "norm"}, r"a known number of outputs.*OGM, PMR, MMPareto"),

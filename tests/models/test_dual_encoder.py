@@ -174,13 +174,15 @@ def nan_batch():
     [
         (lambda: build_model("image"), ConfigError, "DualEncoder: expected two or more modalities, got image"),
         (lambda: DualEncoder({}), ConfigError, "expected two or more modalities, got none"),
-        (lambda: build_model(loss="infonce"), ConfigError, r"expected a known loss, got 'infonce'\. Did you mean 'info_nce'"),
+        (lambda: build_model(loss="infonce"), ConfigError, r"expected a known loss, got 'infonce'\. Did you mean "
+                                                           r"'info_nce'"),
         (lambda: build_model(bias=1.0), ConfigError, "loss 'info_nce': expected a known option of InfoNCE, got 'bias'"),
         (lambda: build_model(loss="siglip", smoothing=0.1), ConfigError, "a known option of SigLIP, got 'smoothing'"),
         (lambda: build_model(scale=-1.0), ConfigError, "DualEncoder loss 'info_nce', InfoNCE: expected 0 < scale"),
         (
             lambda: DualEncoder({"image": nn.Flatten(), "text": nn.Flatten()}), ConfigError,
-            "DualEncoder encoder 'image': expected an attribute dim, the width of its tokens, got Flatten without dim. Set",
+            "DualEncoder encoder 'image': expected an attribute dim, the width of its tokens, got Flatten without "
+            "dim. Set",
         ),
         (
             lambda: build_model().losses({"text": TEXT, "target": torch.arange(5)}), ConfigError,

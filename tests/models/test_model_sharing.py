@@ -1,4 +1,6 @@
-"""save_pretrained, from_pretrained, push_to_hub and eq.load: the same outputs, a card with the findings, no code from files."""
+"""save_pretrained, from_pretrained, push_to_hub and eq.load: the same outputs, a card with the findings, no code from
+files.
+"""
 
 import builtins
 import copy

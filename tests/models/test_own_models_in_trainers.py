@@ -52,10 +52,20 @@ def under_trainer(make, folder, *callbacks, epochs=2, resume=None, save=None):
     model = adapted()
     balanced = eq.hf.BalancedModel(model, eq.BalancerList(model, make(model)))
     args = transformers.TrainingArguments(
-        str(folder), num_train_epochs=2, per_device_train_batch_size=6, learning_rate=0.1, optim="sgd", report_to="none",
-        lr_scheduler_type="constant", max_grad_norm=0.0, remove_unused_columns=False, disable_tqdm=True, use_cpu=True,
-        save_strategy="epoch", logging_strategy="no",
-    )  # fmt: skip
+        str(folder),
+        num_train_epochs=2,
+        per_device_train_batch_size=6,
+        learning_rate=0.1,
+        optim="sgd",
+        report_to="none",
+        lr_scheduler_type="constant",
+        max_grad_norm=0.0,
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        use_cpu=True,
+        save_strategy="epoch",
+        logging_strategy="no",
+    )
     callback = eq.hf.BalancerCallback(balanced.balancing)
     trainer = transformers.Trainer(balanced, args, train_dataset=samples, callbacks=[callback, *callbacks])
     trainer.train(resume_from_checkpoint=resume)

@@ -278,7 +278,8 @@ def test_errors_of_options(call, message):
         ({"modality": torch.full((17,), 3)}, r"expected labels from -1 to num_modalities - 1 = 2, got 3"),
         ({"mask": torch.ones(2, 17)}, r"mask: expected a boolean tensor.*got torch.float32"),
         ({"mask": torch.ones(17).bool()}, r"mask: expected a boolean tensor of shape \(batch, key\) = \(2, 17\)"),
-        ({"value": torch.zeros(2, 3, 17, 4)}, r"value: expected the shape of the keys, \(2, 3, 17, 5\), got.*use basis='gram'"),
+        ({"value": torch.zeros(2, 3, 17, 4)}, r"value: expected the shape of the keys, \(2, 3, 17, 5\), got.*use "
+                                              r"basis='gram'"),
     ],
 )  # fmt: skip
 def test_errors_of_shapes(call, message):

@@ -592,9 +592,10 @@ def test_share_measurement(size, heads, queries, keys, mask, causal, sinks, soft
                 if sinks:
                     assert float(result.sink[sample, head, row]) == pytest.approx(weights["sink"] / total, abs=1e-6)
     torch.testing.assert_close(
-        attention_output(call), torch.cat(list(explicit_attention(call)), 2) @ value.repeat_interleave(heads[0] // heads[1], 1),
+        attention_output(call),
+        torch.cat(list(explicit_attention(call)), 2) @ value.repeat_interleave(heads[0] // heads[1], 1),
         **TOL[torch.float32],
-    )  # fmt: skip
+    )
     index = torch.randint(0, queries, (size, 2), generator=random)
     some = measure_share(select_queries(call, index), labels, 3).share
     full = result.share.gather(2, index[:, None, :, None].expand(-1, heads[0], -1, 3))

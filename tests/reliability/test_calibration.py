@@ -142,7 +142,8 @@ def test_conformal_coverage_of_exchangeable_samples(alpha, size):
         exceeded.append(float((scores[size:] > conformal_threshold(scores[:size], alpha)).double().mean()))
     mean = sum(exceeded) / repeats
     error = 4 * math.sqrt(alpha * (1 - alpha) / (size + 2) / repeats) + 4 * math.sqrt(alpha / new / repeats)
-    # Without ties the probability is between alpha - 1 / (n + 1) and alpha; here it is exactly alpha: (n + 1) alpha is an integer.
+    # Without ties the probability is between alpha - 1 / (n + 1) and alpha; here it is exactly alpha: (n + 1) alpha is
+    # an integer.
     assert mean == pytest.approx(alpha, abs=error)
 
 

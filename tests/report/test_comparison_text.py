@@ -24,7 +24,10 @@ def test_verdict_for_an_increase():
     assert f"In joint, {noise} toward it (r = −0.20 ± 0.02, 3 seeds)" in text
     assert f"In joint+x, {noise} away from it (r = 0.55 ± 0.05, 3 seeds)" in text
     # d = 0.70, 0.82, 0.73: t = 20.8 with two degrees of freedom, p = 1 - t / sqrt(2 + t^2) = 0.0023.
-    effect = "attention–noise correlation r is significantly higher, 0.55 instead of −0.20 (+0.75, higher on 3 of 3 seeds, p = 0.002)"
+    effect = (
+        "attention–noise correlation r is significantly higher, "
+        "0.55 instead of −0.20 (+0.75, higher on 3 of 3 seeds, p = 0.002)"
+    )
     assert text.startswith(f"The largest significant effect is that of joint+x compared with joint: {effect}.")
     assert text.count(effect) == 1
 

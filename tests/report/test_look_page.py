@@ -68,7 +68,8 @@ def test_sentence_contains_the_inspection_values(inspection, content):
     ("effects", "message"),
     [
         ([{"change": "blank image", "log_likelihood": -2.0, "difference": -0.5}], "With a blank image, the"),
-        ([{"change": "image hidden", "log_likelihood": -2.0, "difference": 0.001}], "the likelihood of the answer does not change"),
+        ([{"change": "image hidden", "log_likelihood": -2.0, "difference": 0.001}], "the likelihood of the answer "
+                                                                                    "does not change"),
         ([{"change": "image hidden", "log_likelihood": -2.0, "difference": 0.25}], "increases by 0.25 per token"),
         ([{"change": "image hidden", "log_likelihood": None, "difference": None}], "tokens)."),
         ([], "tokens)."),

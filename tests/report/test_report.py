@@ -94,8 +94,12 @@ def test_user_names_are_escaped(evil):
         fake_results(methods=("joint+rollingq",), seeds=3, epochs=2),
         fake_results(methods=("audio", "image", "concat"), seeds=2),
         result_rows.build_results([{"method": "m", "seed": 0, "fold": None, "metrics": {}}], {}),
-        result_rows.build_results([{"method": "m", "seed": 0, "fold": None, "metrics": {"mae": 0.2, "accuracy": None}}], {}),
-        result_rows.build_results([{"method": "m", "seed": 0, "fold": None, "metrics": {"accuracy": 0.2}} | HOLLOW], {}),
+        result_rows.build_results(
+            [{"method": "m", "seed": 0, "fold": None, "metrics": {"mae": 0.2, "accuracy": None}}], {}
+        ),
+        result_rows.build_results(
+            [{"method": "m", "seed": 0, "fold": None, "metrics": {"accuracy": 0.2}} | HOLLOW], {}
+        ),
     ],
 )  # fmt: skip
 def test_page_of_partial_results(content):

@@ -8,8 +8,11 @@ from helpers.fake_results import fake_run, fake_run_with_r, results_view
 
 
 def test_curve_is_the_mean_over_runs_with_the_epoch():
-    runs = [fake_run("m", 0, history=[{"epoch": 1, "air": 0.1}, {"epoch": 2, "air": 0.3}]),
-            fake_run("m", 1, history=[{"epoch": 1, "air": 0.5}, {"epoch": 2, "air": None}]), fake_run("m", 2)]  # fmt: skip
+    runs = [
+        fake_run("m", 0, history=[{"epoch": 1, "air": 0.1}, {"epoch": 2, "air": 0.3}]),
+        fake_run("m", 1, history=[{"epoch": 1, "air": 0.5}, {"epoch": 2, "air": None}]),
+        fake_run("m", 2),
+    ]
     curve = results_view(runs).curve("m", "air")
     np.testing.assert_allclose(curve.mean, [0.3, 0.3])
     assert curve.epochs.tolist() == [1, 2]

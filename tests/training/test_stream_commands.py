@@ -1,4 +1,4 @@
-"""Streams in the commands: train, compare, diagnose, report and load; and a run interrupted in the middle of an epoch."""
+"""Streams in the commands train, compare, diagnose, report and load; a run interrupted in the middle of an epoch."""
 
 import datasets
 import lightning.pytorch as pl

@@ -1,4 +1,4 @@
-"""Runs on a table and on a stream in two gloo processes: every sample once, and the validation metrics of one process."""
+"""Tables and streams in two gloo processes: every sample once, and the validation metrics of one process."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -115,9 +115,11 @@ class AMCo(Balancer):
         contributions = model.fusion.contributions(output, head.head)
         if contributions is None:
             raise ConfigError(
-                "AMCo", expected="logits that are a sum over modalities",
-                got=f"fusion {type(model.fusion).__name__}", fix="Use Concat or Sum: it masks the contributions of modalities.",
-            )  # fmt: skip
+                "AMCo",
+                expected="logits that are a sum over modalities",
+                got=f"fusion {type(model.fusion).__name__}",
+                fix="Use Concat or Sum: it masks the contributions of modalities.",
+            )
         parts = torch.stack([at_least_single(contributions[name]) for name in model.names])
         present = torch.stack([has_modality(output, name) for name in model.names])
         masked = self._dominant(parts.detach(), present)[:, None] & self.masked_classes().to(present.device)

@@ -35,8 +35,8 @@ def hardest_modality(
 class DataRemixing(Balancer):
     """Assigns each sample to the modality whose prediction is least certain, and hides its other modalities.
 
-    With p_m the prediction of the model for sample i from modality m alone, y_i and u_i the logits of the model and of the
-    unimodal head, both from modality m_i only, after the warm-up::
+    With p_m the prediction of the model for sample i from modality m alone, y_i and u_i the logits of the model and of
+    the unimodal head, both from modality m_i only, after the warm-up::
 
         m_i = argmin_m KL(p_m || uniform) = argmax_m H(p_m)
         loss = mean_i (l(y_i) + gamma l(u_i))
@@ -57,12 +57,11 @@ class DataRemixing(Balancer):
     wrong predictions count as easy. The fusion runs once more per modality, without gradient.
 
     Reference: Ma, Chen and Deng, "Improving Multimodal Learning Balance and Sufficiency through Data Remixing" (ICML
-    2025).
-    Differs from the released code in: a batch contains samples of all modalities, where the code forms batches of one
-    modality; no encoder sees a sample of another modality in either case, but fusion and head get the sum of all gradients;
-    assignments by the current model in each batch instead of before each epoch; predictions of the fusion with one
-    modality, where the code has unimodal heads; any number of modalities and tasks. The text of the paper was not
-    available: the formulas are those of the code.
+    2025). Differs from the released code in: a batch contains samples of all modalities, where the code forms batches
+    of one modality; no encoder sees a sample of another modality in either case, but fusion and head get the sum of all
+    gradients; assignments by the current model in each batch instead of before each epoch; predictions of the fusion
+    with one modality, where the code has unimodal heads; any number of modalities and tasks. The text of the paper was
+    not available: the formulas are those of the code.
 
     Example:
         >>> import equipoise as eq
@@ -123,7 +122,7 @@ class DataRemixing(Balancer):
             self.assigned = self.assigned.to(assigned.device) + assigned
 
     def end_epoch(self) -> dict[str, float]:
-        """Returns ``assigned/<name>``, the fraction of the samples that were assigned to each modality; 0 in the warm-up."""
+        """Returns ``assigned/<name>``, the fraction of samples assigned to each modality; 0 in the warm-up."""
         counts = all_reduce_sum(self.assigned)
         self.assigned = torch.zeros_like(self.assigned)
         self.epochs += 1

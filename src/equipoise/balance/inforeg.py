@@ -65,9 +65,9 @@ class InfoReg(Balancer):
         beta_m = strength exp(tanh(gap_m)) where gap_m > 0 and k_m > threshold, else 0
         g_m <- g_m + beta_m (theta_m - theta_m^0);   loss = task + sum_m l_m
 
-    k_m = (T_t - T_{t-1}) / T_t is the growth of the encoder's Fisher trace: T_t is the sum over the last 10 epochs of the
-    sum of squared gradients of an epoch, mean over the entries of each matrix or kernel, summed over these. It is at
-    least about 1 / t in the first 10 epochs, the prime learning window, and afterward exceeds the threshold only
+    k_m = (T_t - T_{t-1}) / T_t is the growth of the encoder's Fisher trace: T_t is the sum over the last 10 epochs of
+    the sum of squared gradients of an epoch, mean over the entries of each matrix or kernel, summed over these. It is
+    at least about 1 / t in the first 10 epochs, the prime learning window, and afterward exceeds the threshold only
     while traces still grow.
 
     Args:
@@ -80,15 +80,15 @@ class InfoReg(Balancer):
 
     It helps if one modality learns quickly at first and the others stay behind. The pull is that of a quadratic penalty
     around weights that move once per epoch: it acts like a smaller learning rate within an epoch, and more in long
-    epochs. It is in units of the learning rate: with SGD, a learning rate times strength above 2 / e diverges. Weights of
-    all encoders are stored once more.
+    epochs. It is in units of the learning rate: with SGD, a learning rate times strength above 2 / e diverges. Weights
+    of all encoders are stored once more.
 
     Reference: Huang, Wei, Yang and Hu, "Adaptive Unimodal Regulation for Balanced Multimodal Information Acquisition"
-    (CVPR 2025), InfoReg.
-    Differs from the released code in: mean scores in the gap, where tanh of the code's sum over a batch is almost always
-    1; any leading modality with its own trace, where by a repeated condition the code only restrains audio; traces of the
-    loss alone, where the code includes the pull; the gradient of the accumulated step, over all processes. The text of
-    the paper was not available beyond its introduction: the formulas are those of the code.
+    (CVPR 2025), InfoReg. Differs from the released code in: mean scores in the gap, where tanh of the code's sum over a
+    batch is almost always 1; any leading modality with its own trace, where by a repeated condition the code only
+    restrains audio; traces of the loss alone, where the code includes the pull; the gradient of the accumulated step,
+    over all processes. The text of the paper was not available beyond its introduction: the formulas are those of the
+    code.
 
     Example:
         >>> import equipoise as eq

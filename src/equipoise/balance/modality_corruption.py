@@ -75,10 +75,9 @@ class ModalityCorruption(Balancer):
         L = L_task + weight * attention_target_loss(share, not destroyed)
 
     Noise has the mean and standard deviation of the modality's valid values in the batch. Noise that replaces an input
-    is white; noise
-    that is mixed in has, with ``multiscale_noise``, a random scale per step: from single values to the whole input,
-    which then becomes slightly louder, brighter or darker. Inputs that are not floating-point tensors (token ids) are
-    never corrupted.
+    is white; noise that is mixed in has, with ``multiscale_noise``, a random scale per step: from single values to the
+    whole input, which then becomes slightly louder, brighter or darker. Inputs that are not floating-point tensors
+    (token ids) are never corrupted.
 
     With ``corruptions``, names of the catalog ``equipoise.diagnostics.corruptions`` replace this noise: in each step
     one of them, drawn at random for each modality, destroys inputs at severity 5, and another one damages the others at
@@ -214,7 +213,8 @@ class ModalityCorruption(Balancer):
         chosen = (draws[:, 2 * count] * present.sum(dim=1)).long()[:, None]
         spared = present & (present.cumsum(dim=1) - 1 == chosen)
         corrupted &= ~((corrupted == present).all(dim=1, keepdim=True) & spared)
-        # One uniform number decides both: below replace_prob the input is destroyed, the rest is rescaled to the degree.
+        # One uniform number decides both: below replace_prob the input is destroyed, the rest is rescaled to the
+        # degree.
         u = draws[:, count : 2 * count]
         destroyed = corrupted & (u < self.replace_prob)
         degree = torch.where(destroyed, 1.0, (u - self.replace_prob) / max(1.0 - self.replace_prob, 1e-12))

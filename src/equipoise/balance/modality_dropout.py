@@ -73,8 +73,7 @@ class ModalityDropout(Balancer):
 
     It helps if samples lack modalities at test time, and if one modality dominates from the start. It hides
     interactions between modalities, and a high rate reduces the amount of data. Training loss and accuracy are those of
-    incomplete
-    samples: compare on validation data.
+    incomplete samples: compare on validation data.
 
     Reference: modality dropout, ModDrop of Neverova, Wolf, Taylor and Nebout, "ModDrop: Adaptive Multi-modal Gesture
     Recognition" (TPAMI 2016).

@@ -31,7 +31,7 @@ class SampleValuation(Balancer):
 
         loss = (sum_i task_i + sum_m sum_i w_{i,m} task_i(fewer modalities)) / (samples + sum of w)
         sample    w_{i,m} = number of thresholds 1, 0.4, -0.1 above phi_{i,m};  modality m alone
-        modality  w_{i,m} = 2/3 / (N - 1) sum_{k != l} |gap_k - gap_l|;  m and all modalities with an equal or larger gap
+        modality  w_{i,m} = 2/3 / (N - 1) sum_{k != l} |gap_k - gap_l|;  m and all modalities with at least its gap
 
     with gap_m = 1 - mean phi_m over the previous epoch. Copies reuse the encoder outputs of the original samples.
 

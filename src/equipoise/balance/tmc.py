@@ -68,8 +68,8 @@ class TMC(Balancer):
         p_k = (e_k + 1) / sum_j (e_j + 1)
         loss = mean evidential loss of e + sum_m mean evidential loss of e^m
 
-    with the weight min(1, epoch / annealing) of the penalty, from epoch 1 on; see ``evidential_losses``. A modality that
-    a sample lacks has no evidence. In recipes ``tmc`` is ``concat+tmc``.
+    with the weight min(1, epoch / annealing) of the penalty, from epoch 1 on; see ``evidential_losses``. A modality
+    that a sample lacks has no evidence. In recipes ``tmc`` is ``concat+tmc``.
 
     Args:
         model: classification or multilabel, with a fusion that concatenates pooled vectors (``Concat``, ``Sum``). Its
@@ -83,10 +83,10 @@ class TMC(Balancer):
     of modalities multiplies their evidence, so that redundant modalities make it overconfident. Evidence is learned
     from clean data, and nothing forces it to be small for damaged inputs. Nothing is learned across modalities.
 
-    Reference: Han, Zhang, Fu and Zhou, "Trusted Multi-View Classification" (ICLR 2021), TMC.
-    Differs from the released code in: any pooled encoders instead of an MLP per view; the closed form for all modalities
-    instead of a loop over pairs; missing modalities; multilabel targets, with evidence softplus(y) and softplus(-y) for
-    and against each label. The text of the paper was not available: the formulas are those of the code.
+    Reference: Han, Zhang, Fu and Zhou, "Trusted Multi-View Classification" (ICLR 2021), TMC. Differs from the released
+    code in: any pooled encoders instead of an MLP per view; the closed form for all modalities instead of a loop over
+    pairs; missing modalities; multilabel targets, with evidence softplus(y) and softplus(-y) for and against each
+    label. The text of the paper was not available: the formulas are those of the code.
 
     Example:
         >>> import equipoise as eq
@@ -154,7 +154,7 @@ class TMC(Balancer):
             self.running = self.running.to(sums.device) + sums
 
     def end_epoch(self) -> dict[str, float]:
-        """Returns ``uncertainty/<name>``, the mean u of each modality over the samples that have it; 1 without samples."""
+        """Returns ``uncertainty/<name>``, the mean u of a modality over the samples that have it; 1 without samples."""
         total, count = all_reduce_sum(self.running)
         means = torch.where(count > 0, total / count.clamp(min=1), 1.0).tolist()
         self.epochs += 1

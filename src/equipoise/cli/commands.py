@@ -60,13 +60,13 @@ def compare_parser() -> Parser:
     _add_workers(parser)
     parser.add_argument(
         "--accelerator", default="cpu",
-        help="accelerator of Lightning; cpu by default, so that results do not depend on the machine; with gpu each run "
-        "uses one device, and runs are distributed over the available ones",
+        help="accelerator of Lightning; cpu by default, so that results do not depend on the machine; with gpu each "
+        "run uses one device, and runs are distributed over the available ones",
     )  # fmt: skip
     parser.add_argument(
         "--executor", choices=("local", "slurm"), default="local",
-        help="local: processes of this machine; slurm: one job per run (needs submitit). Jobs resume after a preemption; "
-        "repeat the command to wait for jobs that are still queued or running",
+        help="local: processes of this machine; slurm: one job per run (needs submitit). Jobs resume after a "
+        "preemption; repeat the command to wait for jobs that are still queued or running",
     )  # fmt: skip
     parser.add_argument(
         "--slurm", action="append", default=[], metavar="OPTION=VALUE",
@@ -177,9 +177,11 @@ def _fresh(job: RunSpec, folder: Path, resume: bool) -> None:
     checkpoint = folder / "checkpoints" / "last.ckpt"
     if checkpoint.exists() and is_resumable(folder, job) is None and is_finished(job, folder) is None:
         raise ConfigError(
-            "train --resume", expected="the recipe, method, seed and fold of the interrupted run",
-            got=f"settings that differ from those in '{folder}'", fix="Use recipe.yaml in that folder, or choose another --out.",
-        )  # fmt: skip
+            "train --resume",
+            expected="the recipe, method, seed and fold of the interrupted run",
+            got=f"settings that differ from those in '{folder}'",
+            fix="Use recipe.yaml in that folder, or choose another --out.",
+        )
 
 
 def report_parser() -> Parser:

@@ -131,9 +131,16 @@ def _prepare(options: Namespace) -> int:
     folder = options.out or Path("prepared") / layout.name
     with counted_progress(f"preparing {layout.name}", "samples", out) as progress:
         preparation = prepare(
-            layout, options.root, folder, split=options.split or "published", options=settings, paths=_places(options.path),
-            copy=options.copy, workers=_workers(options.workers), progress=progress,
-        )  # fmt: skip
+            layout,
+            options.root,
+            folder,
+            split=options.split or "published",
+            options=settings,
+            paths=_places(options.path),
+            copy=options.copy,
+            workers=_workers(options.workers),
+            progress=progress,
+        )
     show_preparation(preparation, out)
     return 0
 
@@ -209,8 +216,8 @@ def _verify(options: Namespace) -> int:
     if verification.complete:
         return 0
     return fail(
-        f"'{options.name}' is damaged: {len(verification.missing)} files are missing, {len(verification.changed)} have changed. "
-        "The same `equipoise data prepare` command restores what it wrote."
+        f"'{options.name}' is damaged: {len(verification.missing)} files are missing, {len(verification.changed)} have "
+        "changed. The same `equipoise data prepare` command restores what it wrote."
     )
 
 

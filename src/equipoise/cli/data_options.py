@@ -21,7 +21,8 @@ DEFAULT = "digits"
 
 HELP = {
     "--target": "column of the target; several columns separated by commas are several labels or numbers",
-    "--pair": "two columns separated by commas, such as image,text, to align for retrieval and search, in place of a target",
+    "--pair": "two columns separated by commas, such as image,text, to align for retrieval and search, in place of a "
+    "target",
     "--group": "column of groups, such as the speaker, that are never in two splits",
     "--split": "column with train, val or test; by default the column split if there is one",
     "--weight": "column of sampling weights of the training rows",
@@ -36,14 +37,15 @@ def add_data_options(parser: Parser) -> None:
     )
     parser.add_argument(
         "--data", default=None, metavar="TABLE",
-        help="your data: a csv, tsv, jsonl or parquet file, a folder or name of Hugging Face datasets, or FILE.py:FUNCTION "
-        "that returns a data set. Without --config, encoders are chosen from the columns",
+        help="your data: a csv, tsv, jsonl or parquet file, a folder or name of Hugging Face datasets, or "
+        "FILE.py:FUNCTION that returns a data set. Without --config, encoders are chosen from the columns",
     )  # fmt: skip
     for option, text in HELP.items():
         parser.add_argument(option, default=None, help=text)
     parser.add_argument(
         "--kind", action="append", default=[], metavar="COLUMN=KIND",
-        help="kind of a column: audio, image, video, frames, text, vector, sequence, array, number, category, ignore; repeatable",
+        help="kind of a column: audio, image, video, frames, text, vector, sequence, array, number, category, "
+        "ignore; repeatable",
     )  # fmt: skip
     parser.add_argument(
         "--logger", action="append", default=[], metavar="NAME",

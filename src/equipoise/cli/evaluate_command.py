@@ -29,14 +29,14 @@ BENCHMARKS = ("emoji", "scenes")
 def evaluate_parser() -> Parser:
     parser = described(
         "Evaluates a Hugging Face model on the benchmarks of this library: retrieval of emoji by name, or questions "
-        "about scenes, also with a shuffled and with a blank image; or on your own questions about images or sounds, with "
-        "and without them.", *EXAMPLES,
+        "about scenes, also with a shuffled and with a blank image; or on your own questions about images or sounds, "
+        "with and without them.", *EXAMPLES,
     )  # fmt: skip
     parser.add_argument("model", help="model id on the Hugging Face Hub, or a folder written by save_pretrained")
     parser.add_argument(
         "--data", default=None,
-        help="emoji or scenes (by default the one that fits the model); or a csv, jsonl or parquet file with image, images "
-        "or audio, question, answer, and optionally choices and category",
+        help="emoji or scenes (by default the one that fits the model); or a csv, jsonl or parquet file with image, "
+        "images or audio, question, answer, and optionally choices and category",
     )  # fmt: skip
     parser.add_argument("--level", type=whole, default=2, help="difficulty of scenes: 1, 2 or 3")
     parser.add_argument("--split", choices=("val", "test"), default="test")

@@ -18,8 +18,8 @@ EXAMPLES = (
 
 def look_parser() -> Parser:
     parser = described(
-        "Shows what a vision-language or audio model attends to while it answers, and whether the answer needs it: table, "
-        "look.json, report.html.",
+        "Shows what a vision-language or audio model attends to while it answers, and whether the answer needs it: "
+        "table, look.json, report.html.",
         *EXAMPLES,
     )
     parser.add_argument("model", help="model id on the Hugging Face Hub, or a folder written by save_pretrained")

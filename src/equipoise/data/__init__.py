@@ -17,9 +17,17 @@ from .tables import Manifest
 from .user_datasets import MapDataset, TensorDataset
 
 __all__ = [
-    "Dataset", "Manifest", "MapDataset", "Split", "StreamDataset", "TensorDataset", "available_datasets", "load_dataset", "loader",
+    "Dataset",
+    "Manifest",
+    "MapDataset",
+    "Split",
+    "StreamDataset",
+    "TensorDataset",
+    "available_datasets",
+    "load_dataset",
+    "loader",
     "ood_split",
-]  # fmt: skip
+]
 
 
 def available_datasets() -> dict[str, type[Dataset]]:

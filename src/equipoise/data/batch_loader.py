@@ -31,10 +31,19 @@ class _BatchDataset(TorchDataset):
 
 
 def loader(
-    dataset: Dataset, split: str, batch_size: int, *, seed: int, train: bool,
-    drop_last: bool = False, rank: int | None = None, world: int | None = None, steps_per_batch: int = 1, group: int = 1,
+    dataset: Dataset,
+    split: str,
+    batch_size: int,
+    *,
+    seed: int,
+    train: bool,
+    drop_last: bool = False,
+    rank: int | None = None,
+    world: int | None = None,
+    steps_per_batch: int = 1,
+    group: int = 1,
     workers: int = 0,
-) -> DataLoader:  # fmt: skip
+) -> DataLoader:
     """Returns a DataLoader over the batches of a split.
 
     A batch depends only on the seed, the epoch and its position. Call ``loader.sampler.set_epoch(epoch)`` before each

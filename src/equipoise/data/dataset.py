@@ -81,7 +81,8 @@ class Dataset(ABC):
             replaces a whole modality.
         vocabulary: name -> number of token ids, for inputs of word or character ids; 0 is padding.
         sampling_weights: (sample,) weights of the training samples, see ``ResumableBatchSampler``; None for all alike.
-        ordered: whether the data set shuffles by itself: training batches are given by positions in the order of the epoch.
+        ordered: whether the data set shuffles by itself: training batches are given by positions in the order of the
+            epoch.
         near_ood: test samples of the held-out classes, with their original targets; None without held-out classes.
     """
 

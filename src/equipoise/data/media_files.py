@@ -211,7 +211,7 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 
 def _require_chunks(content: bytes, who: str) -> None:
-    """Raises DataError if a chunk is shorter than stated in its header; libsndfile would return the remaining samples."""
+    """Raises DataError if a chunk is shorter than its header states; libsndfile would return the remaining samples."""
     if content[:4] not in CHUNKS:
         return
     order, data = CHUNKS[content[:4]]

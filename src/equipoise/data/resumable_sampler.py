@@ -124,7 +124,9 @@ class ResumableBatchSampler(DistributedSampler):
             return bounds
         if len(bounds) < self.group:
             raise ConfigError(
-                "ResumableBatchSampler", expected=f"with steps_per_batch > 1, at least {self.group} batches per epoch, one optimizer step",
-                got=f"{len(bounds)}", fix="Lower train.accumulate or train.batch_size.",
-            )  # fmt: skip
+                "ResumableBatchSampler",
+                expected=f"with steps_per_batch > 1, at least {self.group} batches per epoch, one optimizer step",
+                got=f"{len(bounds)}",
+                fix="Lower train.accumulate or train.batch_size.",
+            )
         return bounds[: len(bounds) // self.group * self.group]

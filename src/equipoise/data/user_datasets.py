@@ -90,7 +90,10 @@ class MapDataset(Dataset):
         DataError: a data set is empty, or an item has no target or another modality. ShapeError: shapes that differ.
 
     Example:
-        >>> items = [{"audio": torch.zeros(3 + i, 2), "image": None if i else torch.zeros(4), "target": i} for i in (0, 1)]
+        >>> items = [
+        ...     {"audio": torch.zeros(3, 2), "image": torch.zeros(4), "target": 0},
+        ...     {"audio": torch.zeros(4, 2), "image": None, "target": 1},
+        ... ]
         >>> data = MapDataset(items, items, items)
         >>> batch = data.batch("train", torch.tensor([0, 1]), seed=0, epoch=0, train=True)
         >>> batch["mask"]["audio"].sum(dim=1), batch["mask"]["image"]

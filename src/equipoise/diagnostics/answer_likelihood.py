@@ -98,9 +98,11 @@ def log_likelihood(
     answer = target != IGNORED
     if not bool(answer.any()):
         raise ShapeError(
-            "answer_effects labels", expected=f"at least one answer token with a label other than {IGNORED}", got="none",
+            "answer_effects labels",
+            expected=f"at least one answer token with a label other than {IGNORED}",
+            got="none",
             fix="The first token of a causal model cannot be predicted.",
-        )  # fmt: skip
+        )
     chosen = logits[answer].float()
     if bool(chosen.isnan().any()):
         raise NonFiniteError(
@@ -120,9 +122,11 @@ def _logits(output: Any, labels: Tensor) -> Float[Tensor, "batch token word"]:
         )  # fmt: skip
     if logits.shape[:2] != labels.shape:
         raise ShapeError(
-            "answer_effects labels", expected=f"(batch, token) = {tuple(logits.shape[:2])} as the logits have",
-            got=f"{tuple(labels.shape)}", fix=f"Give one label for each input token, {IGNORED} for tokens outside the answer.",
-        )  # fmt: skip
+            "answer_effects labels",
+            expected=f"(batch, token) = {tuple(logits.shape[:2])} as the logits have",
+            got=f"{tuple(labels.shape)}",
+            fix=f"Give one label for each input token, {IGNORED} for tokens outside the answer.",
+        )
     return logits
 
 

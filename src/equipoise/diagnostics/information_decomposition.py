@@ -143,8 +143,8 @@ def decompose_information(
     The pointwise information log2 p(y | x) - log2 p(y) of a set of modalities is that of small networks (one hidden
     layer) on the principal components of its features, trained on the other folds. The networks of a set and of its
     subsets and the class frequencies are mixed with weights of maximum likelihood, so that no set has less information
-    than its subsets, or less than 0. Surprisals are those of a Gaussian mixture on the same number of whitened components
-    for each modality. See ``pointwise_interaction``.
+    than its subsets, or less than 0. Surprisals are those of a Gaussian mixture on the same number of whitened
+    components for each modality. See ``pointwise_interaction``.
 
     Args:
         features: name -> (sample, ...) floating-point features, NaN rows for samples without the modality.
@@ -154,8 +154,8 @@ def decompose_information(
         seed: of folds and networks.
 
     Raises:
-        ConfigError: one modality, folds below 2, fewer than 20 samples with all modalities, or fewer than two classes with
-            two samples. ShapeError: numbers of samples that differ, a target of another shape.
+        ConfigError: one modality, folds below 2, fewer than 20 samples with all modalities, or fewer than two classes
+            with two samples. ShapeError: numbers of samples that differ, a target of another shape.
         MissingExtraError: scikit-learn is not installed.
 
     Values are lower bounds as far as the networks do not find the information: more samples give larger values, and
@@ -163,10 +163,10 @@ def decompose_information(
     densities, which are not invariant to the choice of features, and two independent modalities of equal information
     count as redundant and synergistic: compare ``bounds``.
 
-    Reference: Yang, Wang and Hu, "Efficient Quantification of Multimodal Interaction at Sample Level" (ICML 2025), LSMI.
-    Differs from the released code in: estimates on samples that the networks have not seen, frequencies of classes
-    instead of log C, whitened components of equal number, scikit-learn's Gaussian mixture instead of KNIFE, which is
-    trained by gradients; the shift of R, which in the code may leave negative values.
+    Reference: Yang, Wang and Hu, "Efficient Quantification of Multimodal Interaction at Sample Level" (ICML 2025),
+    LSMI. Differs from the released code in: estimates on samples that the networks have not seen, frequencies of
+    classes instead of log C, whitened components of equal number, scikit-learn's Gaussian mixture instead of KNIFE,
+    which is trained by gradients; the shift of R, which in the code may leave negative values.
 
     Example:
         >>> import torch
@@ -261,7 +261,7 @@ class _Estimates:
 
 
 def _mixture(logs: Array) -> Array:
-    """Returns the log2 of the mixture of probabilities, (expert, sample) as logs, with weights of maximum likelihood."""
+    """Returns the log2 of the mixture of probabilities, (expert, sample) as logs; weights of maximum likelihood."""
     chances = np.exp2(logs)
     weights = np.full(len(logs), 1 / len(logs))
     # Expectation maximization of a concave likelihood, which has no other maxima.
@@ -276,9 +276,10 @@ def _mixture(logs: Array) -> Array:
 def _rows(value: Tensor, samples: int, who: str) -> Array:
     if value.ndim < 2 or len(value) != samples or not value.is_floating_point():
         raise ShapeError(
-            f"decompose_information {who}", expected=f"floating-point values of shape ({samples}, ...), one row a sample",
+            f"decompose_information {who}",
+            expected=f"floating-point values of shape ({samples}, ...), one row a sample",
             got=f"shape {tuple(value.shape)}, {value.dtype}",
-        )  # fmt: skip
+        )
     return value.detach().cpu().double().flatten(1).numpy()
 
 

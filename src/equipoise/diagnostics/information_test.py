@@ -19,9 +19,9 @@ def information(
 ) -> InformationDecomposition:
     """Decomposes the information in the outputs of the encoders, and compares it with that in the predictions.
 
-    The features are the pooled tokens of each encoder. ``joint - used`` is information that the encoders deliver and the
-    fusion does not use (the model); ``gain`` is what any fusion can add to the best modality (the data, as encoded). See
-    ``decompose_information``.
+    The features are the pooled tokens of each encoder. ``joint - used`` is information that the encoders deliver and
+    the fusion does not use (the model); ``gain`` is what any fusion can add to the best modality (the data, as
+    encoded). See ``decompose_information``.
 
     Args:
         model: a FusionModel, or any other model after ``eq.adapt``, for a classification or a regression of one output.
@@ -36,9 +36,8 @@ def information(
         ConfigError: a model of one modality, or multilabel; fewer than 20 samples. ShapeError: no batch, or no targets.
 
     Features of a model say what its encoders kept, not what its inputs contain: an encoder that joint training left
-    undertrained has little information on either. Pass features of encoders that were trained alone, or of the inputs, to
-    ``decompose_information`` to evaluate the data.
-    """
+    undertrained has little information on either. Pass features of encoders that were trained alone, or of the inputs,
+    to ``decompose_information`` to evaluate the data."""
     names = tuple(getattr(model, "names", ()))
     task = getattr(model, "task", None)
     if len(names) < 2 or task not in ("classification", "regression"):

@@ -99,7 +99,7 @@ class Intervention:
             )
         else:
             got = "no attention whose keys have known modalities"
-            fix = "Static fusions have no attention; models of other libraries need modality= with one label for each key."
+            fix = "Static fusions have no attention; models of other libraries need modality=, a label for each key."
         return ConfigError(self.who, expected=f"attention {self._change.what}", got=got, fix=fix)
 
     def partly(self) -> str:
@@ -227,9 +227,12 @@ def apply_intervention(
     for root, other in _CHANGED:
         if root in parts or model in set(root.modules()):
             raise ConfigError(
-                intervention.who, expected="a model without another active intervention", got=f"one inside a block of {other}",
-                fix="The inner block would override the outer one. Hide several modalities at once: name=('audio', 'image').",
-            )  # fmt: skip
+                intervention.who,
+                expected="a model without another active intervention",
+                got=f"one inside a block of {other}",
+                fix="The inner block would override the outer one. Hide several modalities in one block: "
+                "name=('audio', 'image').",
+            )
     entry = (model, intervention.who)
     _CHANGED.append(entry)
     try:

@@ -129,10 +129,15 @@ def modality_links(
                 gamma[i, j], r2[i, j] = decay.gamma, decay.r2
                 product[i, j] = e_dda(decay.gamma, errors).log_product
     return ModalityLinks(
-        gap=gap_from_attention(layers, labels, count, visible).cpu(), share=share, last=_last(layers, labels, count, real),
-        gamma=gamma, r2=r2, errors=errors, e_dda=product,
+        gap=gap_from_attention(layers, labels, count, visible).cpu(),
+        share=share,
+        last=_last(layers, labels, count, real),
+        gamma=gamma,
+        r2=r2,
+        errors=errors,
+        e_dda=product,
         residual=rank_collapse(states, mask=real).whole.nanmean(dim=1),
-    )  # fmt: skip
+    )
 
 
 def read_modality_links(
@@ -154,9 +159,11 @@ def read_modality_links(
             output = model(**inputs, output_attentions=True, output_hidden_states=True)
             if not output.attentions or any(layer is None for layer in output.attentions):
                 raise ConfigError(
-                    "read_modality_links", expected="a model that returns its attention", got=f"none of {type(model).__name__}",
+                    "read_modality_links",
+                    expected="a model that returns its attention",
+                    got=f"none of {type(model).__name__}",
                     fix="Use model.set_attn_implementation('eager'), and MODA with merge='mass'.",
-                )  # fmt: skip
+                )
             attentions.append([layer.float().cpu() for layer in output.attentions])
             states.append([layer.float().cpu() for layer in output.hidden_states[1:]])
     if not attentions:

@@ -116,6 +116,7 @@ def _static(model: nn.Module) -> ConfigError:
     return ConfigError(
         "quag",
         expected="a fusion with attention over keys whose modalities are known",
-        got=f"{(getattr(model, 'adapted_class', None) or type(getattr(model, 'fusion', model))).__name__}, which has none",
+        got=f"{(getattr(model, 'adapted_class', None) or type(getattr(model, 'fusion', model))).__name__}, which has "
+        f"none",
         fix="Static fusions have no attention to average; use mask_modality instead.",
     )

@@ -209,7 +209,8 @@ def steer(
     if bool(offsets.beta) == bool(offsets.share):
         raise ConfigError(
             "steer", expected="either numbers to add to the logits or shares",
-            got="both" if beta else "neither", fix='Write steer(model, image=1.0) or steer(model, share={"image": 0.5}).',
+            got="both" if beta else "neither", fix='Write steer(model, image=1.0) or steer(model, share={"image": '
+                                                   '0.5}).',
         )  # fmt: skip
     check_queries(queries, labels_for(model, modality, names)[0].names, "steer")
     if isinstance(heads, Mapping):

@@ -120,10 +120,19 @@ class SequenceEncoder(Encoder):
     reads = "(frame, feature)"
 
     def __init__(
-        self, features: int, *, max_length: int | None = None, dim: int, stride: int = 1, depth: int = 2, heads: int = 4,
-        bias: bool = True, dropout: float = 0.0, positions: Positions = "index",
+        self,
+        features: int,
+        *,
+        max_length: int | None = None,
+        dim: int,
+        stride: int = 1,
+        depth: int = 2,
+        heads: int = 4,
+        bias: bool = True,
+        dropout: float = 0.0,
+        positions: Positions = "index",
         periods: tuple[float, float] | list[float] = (0.1, 100.0),
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__()
         if stride < 1:
             raise ConfigError("SequenceEncoder", expected="stride >= 1", got=f"stride = {stride}")

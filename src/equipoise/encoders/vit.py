@@ -126,9 +126,11 @@ class ViTEncoder(Encoder):
         for field in ("hidden_size", "num_attention_heads", "intermediate_size", "patch_size"):
             if getattr(source, field) != getattr(target, field):
                 raise ConfigError(
-                    "ViTEncoder", expected=f"pretrained weights with {field} = {getattr(target, field)}",
-                    got=f"{field} = {getattr(source, field)}", fix=f"Create the encoder with the {field} of the weights.",
-                )  # fmt: skip
+                    "ViTEncoder",
+                    expected=f"pretrained weights with {field} = {getattr(target, field)}",
+                    got=f"{field} = {getattr(source, field)}",
+                    fix=f"Create the encoder with the {field} of the weights.",
+                )
         if source.num_hidden_layers < target.num_hidden_layers:
             raise ConfigError(
                 "ViTEncoder", expected=f"pretrained weights of depth = {target.num_hidden_layers} blocks or more",

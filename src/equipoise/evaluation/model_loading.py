@@ -47,9 +47,11 @@ def load_for_benchmark(
     if 2 * vocabulary_size < vocabulary:
         # Without its files transformers builds an empty tokenizer, which would encode all captions alike.
         raise DataError(
-            "evaluate", expected=f"a tokenizer of the model's {vocabulary} tokens", got=f"one of {vocabulary_size} in '{source}'",
+            "evaluate",
+            expected=f"a tokenizer of the model's {vocabulary} tokens",
+            got=f"one of {vocabulary_size} in '{source}'",
             fix="Save the model's tokenizer there with tokenizer.save_pretrained(folder).",
-        )  # fmt: skip
+        )
     return LoadedModel(model.to(pick_device(device)).eval(), processor)
 
 

@@ -122,7 +122,8 @@ def patch_coverage(
         frame: left, upper, right and lower edge of the model's crop of the image, from 0 to 1.
 
     Example:
-        >>> patch_coverage(torch.arange(ROWS * ROWS) < ROWS * ROWS // 2, PatchGrid(2, 1, True, ""), (0.0, 0.0, 1.0, 1.0))
+        >>> upper_half = torch.arange(ROWS * ROWS) < ROWS * ROWS // 2
+        >>> patch_coverage(upper_half, PatchGrid(2, 1, True, ""), (0.0, 0.0, 1.0, 1.0))
         tensor([1., 0.])
     """
     left, upper, right, lower = frame

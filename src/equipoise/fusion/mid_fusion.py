@@ -95,8 +95,7 @@ class MidFusion(Fusion):
     def start_from(self, encoder: Transformer) -> None:
         """Copies the last blocks and the norm of a trained encoder, from which these blocks are then removed::
 
-            fusion.start_from(image.transformer)
-            for trained in (audio.transformer, image.transformer):
+            fusion.start_from(image.transformer) for trained in (audio.transformer, image.transformer):
                 del trained.blocks[-fusion.depth:]
 
         Raises:

@@ -22,14 +22,19 @@ class DuplexAttention(Attention):
     """`Attention` with aligned keys and a ``merge`` of the self-modality and cross-modality parts.
 
     Hooks on ``core`` receive aligned keys. Merges other than "mass" and pseudo-attention bypass the core, except if
-    only
-    the class token is a query: it has no modality, so all keys form one part.
-    """
+    only the class token is a query: it has no modality, so all keys form one part."""
 
     def __init__(
-        self, dim: int, heads: int, num_modalities: int, *, merge: Merge, pseudo: PseudoAttention | None, dropout: float,
+        self,
+        dim: int,
+        heads: int,
+        num_modalities: int,
+        *,
+        merge: Merge,
+        pseudo: PseudoAttention | None,
+        dropout: float,
         **aligner: Any,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(dim, heads, dropout=dropout)
         self.pseudo = pseudo
         self.merge: Merge = merge

@@ -29,7 +29,7 @@ def keep_modalities(tokens: Mapping[str, Tokens], names: Collection[str]) -> dic
 
 
 def derived(tokens: Mapping[str, Tokens], changed: dict[str, Tokens]) -> dict[str, Tokens]:
-    """Returns changed tokens with the extra data of ``tokens``: for ``eq.adapt``, the call that runs the rest of the model."""
+    """Returns changed tokens with the extra data of ``tokens``, which ``eq.adapt`` needs for the rest of the model."""
     derive = getattr(tokens, "derive", None)
     return changed if derive is None else derive(changed)
 

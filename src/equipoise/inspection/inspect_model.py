@@ -45,7 +45,7 @@ def look(
 
     ::
 
-        share^m   = mean over queries of sum_{j in m} A_ij     queries: those of the prompt, or those that predict the answer
+        share^m   = mean over queries of sum_{j in m} A_ij     queries: the prompt's, or those that predict the answer
         uniform^m = mean over queries of |visible m| / |visible|
         L         = mean over the answer's tokens of log p(token | all before)
 
@@ -125,18 +125,28 @@ def look(
         notes = (*notes, f"Not in the tables: {listed}.")
     return Inspection(
         model=name or getattr(model, "name_or_path", "") or type(model).__name__,
-        names=first.names, prompt=prompt.text, given=answer is not None,
+        names=first.names,
+        prompt=prompt.text,
+        given=answer is not None,
         answer=tokenizer.decode(written[0], skip_special_tokens=True).strip(),
-        tokens=tuple(_tokens(texts, first.names, labels, prompt.length)), layers=tuple(first.layers),
+        tokens=tuple(_tokens(texts, first.names, labels, prompt.length)),
+        layers=tuple(first.layers),
         views={
-            part: build_view(record[part], [trace.uniform[layer][part] for layer in first.layers], texts, labels, exclude_top_k)
+            part: build_view(
+                record[part], [trace.uniform[layer][part] for layer in first.layers], texts, labels, exclude_top_k
+            )
             for part in VIEWS
         },
-        log_likelihood=likelihood, effects=tuple(effects), target=target,
+        log_likelihood=likelihood,
+        effects=tuple(effects),
+        target=target,
         grid=patch_grid(count, prompt.inputs, model.config, target) if target and count else None,
         frame=frame_index(processor, picture.size) if picture else (0.0, 0.0, 1.0, 1.0),
-        maps=maps, image=_png(picture) if picture else None, exclude_top_k=exclude_top_k, notes=tuple(notes),
-    )  # fmt: skip
+        maps=maps,
+        image=_png(picture) if picture else None,
+        exclude_top_k=exclude_top_k,
+        notes=tuple(notes),
+    )
 
 
 def _groups(length: int, total: int) -> dict[str, Tensor]:

@@ -301,46 +301,59 @@ def _incompatibilities(
     return [
         (
             isinstance(model, BalancedModel) and model.balancing is not balancing,
-            "the balancing of the trained model", "another BalancerList", "Pass model.balancing.",
+            "the balancing of the trained model",
+            "another BalancerList",
+            "Pass model.balancing.",
         ),
         (
-            balancing.steps_per_batch > 1, "balancers that take one step per batch", "one that takes several",
+            balancing.steps_per_batch > 1,
+            "balancers that take one step per batch",
+            "one that takes several",
             "Use equipoise's own training loop, or repeat each batch in a loop of your own.",
         ),
         (
-            bool(args.deepspeed), "gradients that can be changed before the step", "DeepSpeed, which steps inside backward",
+            bool(args.deepspeed),
+            "gradients that can be changed before the step",
+            "DeepSpeed, which steps inside backward",
             "Use DistributedDataParallel.",
         ),
         (
-            args.n_gpu > 1, "one device for each process", f"{args.n_gpu} under DataParallel, which copies the model",
+            args.n_gpu > 1,
+            "one device for each process",
+            f"{args.n_gpu} under DataParallel, which copies the model",
             "Start one process per device: torchrun --nproc-per-node.",
         ),
         (
             args.world_size > 1 and balancing.partial_graph and not find_unused,
-            "ddp_find_unused_parameters=True, since some parameters have no gradient in some steps", str(find_unused),
+            "ddp_find_unused_parameters=True, since some parameters have no gradient in some steps",
+            str(find_unused),
             "Set it in TrainingArguments.",
         ),
         (
             isinstance(model, BalancedModel) and bool(args.remove_unused_columns),
-            "remove_unused_columns=False, since modalities are not named arguments of forward", "True",
+            "remove_unused_columns=False, since modalities are not named arguments of forward",
+            "True",
             "Set it in TrainingArguments.",
         ),
         (
             clip is not None and _clips(args),
-            "max_grad_norm=0 in TrainingArguments if the callback clips", f"{args.max_grad_norm}",
+            "max_grad_norm=0 in TrainingArguments if the callback clips",
+            f"{args.max_grad_norm}",
             "Gradients would be clipped twice.",
         ),
         (
             bool(args.fp16) and not args.max_grad_norm,
             "max_grad_norm=float('inf') under fp16, since Trainer unscales gradients when it computes their norm",
-            str(args.max_grad_norm), "Set it in TrainingArguments; it clips nothing.",
+            str(args.max_grad_norm),
+            "Set it in TrainingArguments; it clips nothing.",
         ),
         (
             args.save_strategy != "no" and not _saves_state(balancing, model),
-            "a model whose checkpoints contain the state of the balancers", type(model).__name__,
+            "a model whose checkpoints contain the state of the balancers",
+            type(model).__name__,
             "Train eq.hf.BalancedModel(model, balancing), or call eq.hf.keep_state(model, balancing) first.",
         ),
-    ]  # fmt: skip
+    ]
 
 
 def _clips(args: TrainingArguments) -> bool:

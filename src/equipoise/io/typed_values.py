@@ -37,8 +37,10 @@ def matches_type(value: Any, hint: Any) -> bool:
     such as a module or a function.
 
     Example:
-        >>> matches_type(3, float), matches_type(True, int), matches_type([1, 2], tuple[int, int]), matches_type(None, str | None)
-        (True, False, True, True)
+        >>> matches_type(3, float), matches_type(True, int)
+        (True, False)
+        >>> matches_type([1, 2], tuple[int, int]), matches_type(None, str | None)
+        (True, True)
     """
     origin, parts = get_origin(hint), get_args(hint)
     if hint is Any:

@@ -46,8 +46,8 @@ class AttentionCore(nn.Module):
         if not torch.equal(rotation, torch.eye(rotation.shape[-1]).to(rotation).expand_as(rotation)):
             # torch raises these messages with strict=False too, which would otherwise drop the rotation.
             errors.append(
-                f"load_state_dict: expected a model with a RollingQ, got none to load '{prefix}rolling.rotation'. Create "
-                "the RollingQ on the layer before loading, or save the weights after eq.merge_rotations."
+                f"load_state_dict: expected a model with a RollingQ, got none to load '{prefix}rolling.rotation'. "
+                "Create the RollingQ on the layer before loading, or save the weights after eq.merge_rotations."
             )
 
 

@@ -53,9 +53,8 @@ def _call(inner: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: An
 
 
 def check_open(model: nn.Module) -> None:
-    """
-    Raises:
-        ConfigError: a model, or a part of one, whose attention no hook can reach.
+    """Raises:
+    ConfigError: a model, or a part of one, whose attention no hook can reach.
     """
     for name, part in model.named_modules():
         if (reason := _closed(part)) is not None:

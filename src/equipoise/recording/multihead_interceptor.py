@@ -115,9 +115,14 @@ def _attends(session: RecordingSession, layer: nn.MultiheadAttention, ran: _Ran)
             call = replace(call, sources=(src, src))
             return session.intercept(call, layer, "multihead", lambda: (_stands_aside(inner, *args, **kwargs), None))
         call = project_heads(
-            HeadProjection.of(layer), arguments["query"], arguments["key"], arguments["value"], batch_first=layer.batch_first,
-            padding=arguments.get("key_padding_mask"), mask=arguments.get("attn_mask"),
-        )  # fmt: skip
+            HeadProjection.of(layer),
+            arguments["query"],
+            arguments["key"],
+            arguments["value"],
+            batch_first=layer.batch_first,
+            padding=arguments.get("key_padding_mask"),
+            mask=arguments.get("attn_mask"),
+        )
         batch_dim = None if arguments["query"].ndim == 2 else 0 if layer.batch_first else 1
         call = replace(call, sources=(arguments["query"], arguments["key"]), batch_dim=batch_dim)
         output = session.intercept(call, layer, "multihead", lambda: (_stands_aside(inner, *args, **kwargs), None))

@@ -46,7 +46,7 @@ def project_heads(
     layer: HeadProjection, query: Tensor, key: Tensor, value: Tensor, *, batch_first: bool = True,
     padding: Tensor | None = None, mask: Tensor | None = None,
 ) -> AttentionCall:  # fmt: skip
-    """Computes the queries, keys and values of a layer, for batched and unbatched inputs; masks are True for masked keys."""
+    """Computes the queries, keys and values of a layer, batched or unbatched; masks are True for masked keys."""
     with torch._C.DisableTorchFunction(), torch.set_grad_enabled(False):
         itself = key is query or (key.shape == query.shape and torch.equal(key, query))
         if query.ndim == 2:

@@ -64,9 +64,11 @@ def _is_pretrained(part: nn.Module) -> bool:
 
 def decodes_text(root: nn.Module) -> bool:
     """Whether the model is an encoder-decoder whose decoder takes token ids of text."""
-    return "text" in output_modalities(root) and _encoder(root) is not None and "decoder_input_ids" in inspect.signature(
-        type(root).forward
-    ).parameters  # fmt: skip
+    return (
+        "text" in output_modalities(root)
+        and _encoder(root) is not None
+        and "decoder_input_ids" in inspect.signature(type(root).forward).parameters
+    )
 
 
 def output_modalities(root: nn.Module) -> tuple[str, ...]:

@@ -56,10 +56,13 @@ class Threads:
                 _OPEN.remove(self)
         if self._concurrent or late:
             raise ConfigError(
-                "watch", expected="only one thread at a time that runs the model in the block",
-                got=f"'{self._concurrent}' in parallel" if self._concurrent else "one that is still running after the block",
+                "watch",
+                expected="only one thread at a time that runs the model in the block",
+                got=f"'{self._concurrent}' in parallel"
+                if self._concurrent
+                else "one that is still running after the block",
                 fix="Open a block in each thread, or join each thread before the next one starts and the block ends.",
-            )  # fmt: skip
+            )
 
     def opened_before(self) -> list[Any]:
         """Returns the open sessions that were opened earlier."""

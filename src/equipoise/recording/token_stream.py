@@ -97,8 +97,9 @@ class TokenStream:
         self.continues = before is not None and before.shape[0] in (1, new.shape[0])
         past = before if self.continues else self._unobserved(inputs.past)
         if past is None or (why := self._why_cache_differs(past.shape[1], inputs)):
-            return self._fail(why if past is not None else f"its cache contains {inputs.past} earlier tokens of unknown "
-                              "modality")  # fmt: skip
+            return self._fail(
+                why if past is not None else f"its cache contains {inputs.past} earlier tokens of unknown modality"
+            )
         batch = max(len(past), len(new))
         parts = [past[:, : inputs.past].to(new.device), new]
         self.labels = torch.cat([part.expand(batch, -1) for part in parts], dim=1)

@@ -19,8 +19,10 @@ PENALTY = 1e-3
 TEMPERATURE_PENALTY = 0.02
 """Weight of log(T)^2: at T = 0 rho alone would express all uncertainty."""
 OWN_WEIGHT = 0.1
-"""Weight of the likelihoods of the modalities alone, relative to that of the mixture, which does not depend on rho_m where
-another modality determines the prediction."""
+"""Weight of the likelihoods of the modalities alone, relative to that of the mixture.
+
+The mixture does not depend on rho_m where another modality determines the prediction.
+"""
 START = -0.7
 """Initial logarithm of the slopes."""
 ITERATIONS = 60
@@ -33,8 +35,8 @@ class Calibration(NamedTuple):
         intercept: (modality,) a_m.
         log_slope: (modality, evidence) b_mk.
         center: (modality, evidence) median of the evidence on the calibration data.
-        log_temperature: logarithm of the temperature; for a regression, of the standard deviation of its errors in units
-            of that of the targets.
+        log_temperature: logarithm of the temperature; for a regression, of the standard deviation of its errors in
+            units of that of the targets.
         log_agreement: logarithm of lambda, the exponent of the agreement of subsets.
     """
 
@@ -65,9 +67,10 @@ def own_log_likelihood(
 ) -> Float[Tensor, " sample"]:  # fmt: skip
     """Computes ``log(rho p_m(y) + (1 - rho) p_0(y))`` from one modality alone.
 
-    ``p_0`` is uniform over the C classes, and over the 2^C combinations of labels of a multilabel task. For a regression,
-    ``p_m`` is a normal distribution around the prediction whose standard deviation is exp(log_temperature) times that of
-    the targets, and ``p_0`` the normal distribution with the ``moments`` (mean, standard deviation) of the training targets.
+    ``p_0`` is uniform over the C classes, and over the 2^C combinations of labels of a multilabel task. For a
+    regression, ``p_m`` is a normal distribution around the prediction whose standard deviation is exp(log_temperature)
+    times that of the targets, and ``p_0`` the normal distribution with the ``moments`` (mean, standard deviation) of
+    the training targets.
 
     Example:
         >>> known, unknown = torch.tensor([30.0]), torch.tensor([-30.0])

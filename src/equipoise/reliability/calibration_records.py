@@ -24,9 +24,12 @@ class CalibrationRecords:
         self._kept = 0
 
     def add(
-        self, evidence: Float[Tensor, "batch modality evidence"], logits: Float[Tensor, "batch subset output"], target: Tensor,
+        self,
+        evidence: Float[Tensor, "batch modality evidence"],
+        logits: Float[Tensor, "batch subset output"],
+        target: Tensor,
         present: Bool[Tensor, "batch modality"],
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Adds samples whose predictions are finite; a modality without finite evidence counts as missing."""
         present = present & evidence.isfinite().all(dim=-1)
         valid = present.any(dim=1) & logits.flatten(1).isfinite().all(dim=1)

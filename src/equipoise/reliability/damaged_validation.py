@@ -78,10 +78,9 @@ def damaged_batch(
 ) -> dict[str, Any]:  # fmt: skip
     """Damages modalities of random samples, but never all modalities of a sample.
 
-    Each damaged input has a corruption of its own, drawn from those that fit it, at a random severity. Inputs that are no
-    kind of the catalog are mixed with white noise, ``x <- sqrt(1 - d^2) x + d noise``, with d = 1 for half of them and uniform
-    in (0, 1) for the others. Integer tensors in a mapping are unchanged.
-    """
+    Each damaged input has a corruption of its own, drawn from those that fit it, at a random severity. Inputs that are
+    no kind of the catalog are mixed with white noise, ``x <- sqrt(1 - d^2) x + d noise``, with d = 1 for half of them
+    and uniform in (0, 1) for the others. Integer tensors in a mapping are unchanged."""
     result = dict(batch)
     count = len(batch["target"])
     drawn = torch.rand(3, count, len(names), generator=random)

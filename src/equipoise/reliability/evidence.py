@@ -1,4 +1,4 @@
-"""Evidence on the modalities of a sample: distance to the training data, and uncertainty of the prediction of each alone."""
+"""Evidence on the modalities of a sample: distance to the training data, and uncertainty of unimodal predictions."""
 
 from __future__ import annotations
 

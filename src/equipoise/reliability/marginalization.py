@@ -38,9 +38,11 @@ def usable_subsets(count: int) -> Bool[Tensor, "subset modality"]:
 
 
 def subset_log_weights(
-    rho: Float[Tensor, "batch modality"], present: Bool[Tensor, "batch modality"], subsets: Bool[Tensor, "subset modality"],
+    rho: Float[Tensor, "batch modality"],
+    present: Bool[Tensor, "batch modality"],
+    subsets: Bool[Tensor, "subset modality"],
     agreement: Float[Tensor, "batch subset"] | None = None,
-) -> Float[Tensor, "batch subset"]:  # fmt: skip
+) -> Float[Tensor, "batch subset"]:
     """Computes the logarithm of the weights of the subsets, which sum to 1 for each sample::
 
         w_S ∝ A_S prod_{m in S} rho_m  prod_{m not in S} (1 - rho_m)
@@ -71,9 +73,11 @@ def subset_log_weights(
 
 
 def subset_log_weights_of_logits(
-    logits: Float[Tensor, "batch modality"], present: Bool[Tensor, "batch modality"], subsets: Bool[Tensor, "subset modality"],
+    logits: Float[Tensor, "batch modality"],
+    present: Bool[Tensor, "batch modality"],
+    subsets: Bool[Tensor, "subset modality"],
     agreement: Float[Tensor, "batch subset"] | None = None,
-) -> Float[Tensor, "batch subset"]:  # fmt: skip
+) -> Float[Tensor, "batch subset"]:
     """Computes the same as ``subset_log_weights`` from the logits of rho, which must be finite."""
     excluded = _excluded(present, subsets)
     total = _log_products(F.logsigmoid(logits), F.logsigmoid(-logits), present, subsets, excluded)
@@ -90,7 +94,8 @@ def subset_agreement(
 
     This is the probability of the predictions if all modalities of S predict the same target, relative to that if each
     predicts another one. It is 1 for a single modality and for uniform predictions, up to C^(|S| - 1) for certain
-    predictions of the same class, and small for contradictions. For several labels it is the product over labels, with C = 2.
+    predictions of the same class, and small for contradictions. For several labels it is the product over labels, with
+    C = 2.
 
     Args:
         logits: of the model with each modality alone.

@@ -42,29 +42,33 @@ class Reliability(HubMethods, nn.Module):
         rho_m(x) = P(u_m = 1 | x_m) = sigmoid(a_m - sum_k exp(b_mk) (e_mk(x) - median))
         p(y | x) = sum_S w_S p_S(y | x),    w_S ∝ A_S^lambda prod_{m in S} rho_m  prod_{m not in S} (1 - rho_m)
 
-    The evidence e_m is the logarithm of the distance d_m to the training data, and the entropy of the prediction from m alone
-    (not for a regression). A_S is the agreement of the predictions from each modality of S alone (``subset_agreement``; 1 for a
-    regression). The sum is over all non-empty subsets for up to four modalities; for more over the full set, the sets without
-    one modality and the single ones. The encoders run once and the fusion once for each subset.
+    The evidence e_m is the logarithm of the distance d_m to the training data, and the entropy of the prediction from m
+    alone (not for a regression). A_S is the agreement of the predictions from each modality of S alone
+    (``subset_agreement``; 1 for a regression). The sum is over all non-empty subsets for up to four modalities; for
+    more over the full set, the sets without one modality and the single ones. The encoders run once and the fusion once
+    for each subset.
 
-    ``fit`` measures d_m on training data, and fits a_m, b_mk, lambda and one temperature of all p_S on validation data that are
-    damaged by random corruptions, by the likelihood of the mixture and that of each modality alone, ``rho_m p_m(y) + (1 -
-    rho_m) / C``. The model itself is not changed or trained.
+    ``fit`` measures d_m on training data, and fits a_m, b_mk, lambda and one temperature of all p_S on validation data
+    that are damaged by random corruptions, by the likelihood of the mixture and that of each modality alone, ``rho_m
+    p_m(y) + (1 - rho_m) / C``. The model itself is not changed or trained.
 
     Missing modalities have rho = 0 and are masked in all subsets. Inputs whose encoding contains NaN or infinite values
-    count as missing. A regression predicts the mean of the mixture, and its likelihood is normal (``own_log_likelihood``).
+    count as missing. A regression predicts the mean of the mixture, and its likelihood is normal
+    (``own_log_likelihood``).
 
     Args:
         model: a FusionModel, or a module with names, encoders, encode, fuse, loss and task.
-        distance: ``"knn"``: mean distance of mean and standard deviation over tokens to those of the 5 nearest training samples;
-            ``"mahalanobis"``: distance of the same features to the training mean; ``"energy"``: free energy of the unimodal
-            head, or of the model with this modality alone; ``"input"``: as knn, with statistics of the raw input.
-        form: ``"marginal"``, or ``"conformal"``: a modality is masked (rho = 0) if its distance exceeds the (1 - alpha) quantile
-            of clean validation data; the fusion runs once. If all modalities of a sample exceed it, all are used.
+        distance: ``"knn"``: mean distance of mean and standard deviation over tokens to those of the 5 nearest training
+            samples; ``"mahalanobis"``: distance of the same features to the training mean; ``"energy"``: free energy of
+            the unimodal head, or of the model with this modality alone; ``"input"``: as knn, with statistics of the raw
+            input.
+        form: ``"marginal"``, or ``"conformal"``: a modality is masked (rho = 0) if its distance exceeds the (1 - alpha)
+            quantile of clean validation data; the fusion runs once. If all modalities of a sample exceed it, all are
+            used.
         alpha: upper bound of the probability of masking a clean modality, if test and validation are exchangeable.
 
-    Validation data must differ from the training data as much as test data do (other people, other devices); otherwise clean
-    test inputs count as damaged. Two modalities that contradict each other do not tell which of them is wrong.
+    Validation data must differ from the training data as much as test data do (other people, other devices); otherwise
+    clean test inputs count as damaged. Two modalities that contradict each other do not tell which of them is wrong.
 
     Raises:
         ConfigError: an unknown distance or form, alpha outside (0, 1), the energy of a regression, or a model without
@@ -110,7 +114,8 @@ class Reliability(HubMethods, nn.Module):
             ("log_temperature", ()), ("log_agreement", ()),
         ):  # fmt: skip
             self.register_buffer(name, torch.zeros(shape))
-        # Indices of distance and form, and whether the wrapper was fitted: part of the state, which is meaningless without.
+        # Indices of distance and form, and whether the wrapper was fitted: part of the state, which is meaningless
+        # without.
         self.register_buffer("settings", torch.tensor([DISTANCES.index(distance), FORMS.index(form), 0]))
         self.register_buffer("subsets", marginalization.usable_subsets(count), persistent=False)
         self.register_buffer("singles", marginalization.single_subsets(self.subsets), persistent=False)
@@ -135,8 +140,8 @@ class Reliability(HubMethods, nn.Module):
             train: batches of the training data, dicts with every modality and ``"target"``, without augmentation.
             val: batches of validation data, from other groups (speakers, devices) if the test data are.
             distance, form, alpha: see the class.
-            corruptions: names of ``equipoise.diagnostics.corruptions`` with which validation data are damaged; by default
-                all that fit the inputs, except ``missing``.
+            corruptions: names of ``equipoise.diagnostics.corruptions`` with which validation data are damaged; by
+                default all that fit the inputs, except ``missing``.
             kinds: modality -> kind of input, where the shape does not determine it (spectrograms).
             seed: of the damage, and of the choice of training samples above 100,000.
 
@@ -167,13 +172,13 @@ class Reliability(HubMethods, nn.Module):
 
         Args:
             batch: as for the model.
-            rho: replaces the estimated reliability: a number for all modalities, or name -> number or (batch,) for some.
-                ``rho=1`` returns the logits of the model itself, bit for bit, without temperature.
+            rho: replaces the estimated reliability: a number for all modalities, or name -> number or (batch,) for
+                some. ``rho=1`` returns the logits of the model itself, bit for bit, without temperature.
 
         Returns:
-            The output of the model with all modalities, with ``logits`` of the mixture (log-probabilities of the classes;
-            log-odds of labels; values of a regression), ``reliability`` {name: (batch,)} and the share of attention
-            averaged with the weights of the subsets.
+            The output of the model with all modalities, with ``logits`` of the mixture (log-probabilities of the
+            classes; log-odds of labels; values of a regression), ``reliability`` {name: (batch,)} and the share of
+            attention averaged with the weights of the subsets.
         """
         if isinstance(rho, int | float) and rho == 1:
             output = self.model(batch)

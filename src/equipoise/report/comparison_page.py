@@ -163,7 +163,7 @@ def _sections(readings: ResultsView) -> list[PageSection]:
 
 
 def _belongs(metric: str, score: str) -> bool:
-    """Whether a metric is the main one, under any condition, and not another one with the same beginning of its name."""
+    """Whether a metric is the main one, under any condition, and not another one with the same prefix."""
     known_metric = named_metric(metric)
     return metric.startswith(score) and (known_metric is None or score not in METRICS or known_metric.name == score)
 

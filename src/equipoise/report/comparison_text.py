@@ -44,7 +44,8 @@ def verdict(readings: ResultsView) -> list[str]:
     first = largest(readings)
     if first is not None:
         sentences.append(
-            f"The largest significant effect is that of {first.method} compared with {first.reference}: {first.sentence}."
+            f"The largest significant effect is that of {first.method} compared with {first.reference}: "
+            f"{first.sentence}."
         )
     for method in readings.methods:
         sentences.append(_response_sentence(readings, method))
@@ -266,7 +267,10 @@ def imbalance_text(readings: ResultsView) -> str:
             peak = int(np.nanargmax(np.abs(curve.mean)))
             widest = f"{format_signed(curve.mean[peak])} at epoch {curve.epochs[peak]}"
             parts.append(f"{method} ends at {format_signed(curve.mean[-1])} (largest magnitude: {widest})")
-    meaning = "The attention imbalance rate (AIR) is the difference of the mean query–key cosines of the modalities; 0 is balanced."
+    meaning = (
+        "The attention imbalance rate (AIR) is the difference of the mean query–key cosines of the modalities; "
+        "0 is balanced."
+    )
     return f"{meaning} {'. '.join(parts)}."
 
 

@@ -62,9 +62,9 @@ def spectrum(column: ReportColumn) -> FigureBlock | None:
         part = sum(observed[:shared]) / max(sum(observed), 1e-12)
         return column.render(
             figure, "spectrum",
-            f"{_where(layer)}: the first {shared} singular values (one for each concept that all modalities can share) are "
-            f"{100 * part:.0f} % of the sum; {100 * sum(ideal[:shared]) / sum(ideal):.0f} % for consistent maps. Mean "
-            f"score {layer['score']:.2f}, of uniform attention {layer['even']:.2f}.",
+            f"{_where(layer)}: the first {shared} singular values (one for each concept that all modalities can share) "
+            f"are {100 * part:.0f} % of the sum; {100 * sum(ideal[:shared]) / sum(ideal):.0f} % for consistent maps. "
+            f"Mean score {layer['score']:.2f}, of uniform attention {layer['even']:.2f}.",
         )  # fmt: skip
 
 

@@ -61,8 +61,10 @@ def over_layers(
 ) -> str:  # fmt: skip
     """Attention share of one modality over the layers, with and without sinks, and the uniform share."""
     curves = (
-        ("all tokens", shares, MODALITY[1], "-"), ("without sinks", without, ACCENT, "--"), ("uniform share", uniform, MUTED, ":"),
-    )  # fmt: skip
+        ("all tokens", shares, MODALITY[1], "-"),
+        ("without sinks", without, ACCENT, "--"),
+        ("uniform share", uniform, MUTED, ":"),
+    )
     with style_context():
         figure, axes = new_axes(height=2.9)
         for name, values, shade, dashes in curves:

@@ -72,7 +72,8 @@ def verdict(shares: MeanShares) -> list[str]:
     target = shares.target
     if target is None:
         return [
-            "The input contains text only, so all attention goes to text. The map below shows the attention between tokens."
+            "The input contains text only, so all attention goes to text. The map below shows the attention between "
+            "tokens."
         ]
     number = sum(token["modality"] == target for token in shares.tokens)
     lead = (
@@ -104,15 +105,17 @@ def effect_text(shares: MeanShares) -> str:
         return ""
     if abs(change) < STILL:
         return f"{what}, the likelihood of the answer does not change."
-    return f"{what}, the log-likelihood of the answer {'decreases' if change < 0 else 'increases'} by {abs(change):.2f} per token."
+    direction = "decreases" if change < 0 else "increases"
+    return f"{what}, the log-likelihood of the answer {direction} by {abs(change):.2f} per token."
 
 
 def sinks_text(shares: MeanShares) -> str:
     total, without = shares.part("answer"), shares.part("answer", without=True)
     return (
-        f"Excluding the {pluralize(shares.left_out, 'token')} with the most attention in each layer (likely attention sinks) "
-        f"changes the share of the {shares.target} from {percent(total)} to {percent(without)}. Dotted line: uniform "
-        "attention over all visible tokens."
+        f"Excluding the {pluralize(shares.left_out, 'token')} with the most attention in each layer "
+        f"(likely attention sinks) "
+        f"changes the share of the {shares.target} from {percent(total)} to {percent(without)}. "
+        "Dotted line: uniform attention over all visible tokens."
     )
 
 
@@ -121,8 +124,8 @@ def heads_text(shares: MeanShares, view: str) -> str:
     layer, head = np.unravel_index(int(np.nanargmax(values)), values.shape)
     queries = "tokens that generate the answer" if view == "answer" else "tokens of the prompt"
     return (
-        f"Queries: {queries}. The maximum is {percent(values[layer, head])} (layer {layer}, head {head}), the median over "
-        f"all heads {percent(np.nanmedian(values))}."
+        f"Queries: {queries}. The maximum is {percent(values[layer, head])} (layer {layer}, head {head}), "
+        f"the median over all heads {percent(np.nanmedian(values))}."
     )
 
 

@@ -40,7 +40,12 @@ def contact_sheet(rows: Sequence[SheetRow]) -> bytes:
             for axes, (name, value, picture, in_training) in zip(line[1:], row.found, strict=False):
                 axes.imshow(picture.numpy(), interpolation="lanczos")
                 axes.set_title(
-                    f"{fill(name, 17)}\n{cosine(value)}", fontsize=6.5, color=MUTED if in_training else ACCENT, loc="center",
-                    y=-0.02, va="top", pad=0,
-                )  # fmt: skip
+                    f"{fill(name, 17)}\n{cosine(value)}",
+                    fontsize=6.5,
+                    color=MUTED if in_training else ACCENT,
+                    loc="center",
+                    y=-0.02,
+                    va="top",
+                    pad=0,
+                )
         return to_png(figure, dpi=150)

@@ -73,8 +73,10 @@ def main_score(protocol: Mapping[str, Any], metrics: Collection[str]) -> str:
     """The main metric: the one that the protocol names, otherwise the first of ``SCORES`` among the metrics.
 
     Example:
-        >>> main_score({}, ["parameters", "negative_error"]), main_score({"score": "transfer"}, ["accuracy", "transfer"])
-        ('negative_error', 'transfer')
+        >>> main_score({}, ["parameters", "negative_error"])
+        'negative_error'
+        >>> main_score({"score": "transfer"}, ["accuracy", "transfer"])
+        'transfer'
     """
     score = protocol.get("score")
     return score if isinstance(score, str) else next((name for name in SCORES if name in metrics), "accuracy")
@@ -94,7 +96,8 @@ def named_metric(metric: str) -> Metric | None:
     """The metric of ``METRICS`` that a name in results belongs to, also under a condition.
 
     Example:
-        >>> [found and found.name for found in map(named_metric, ("acc2_nonzero", "val_acc2", "mae_noise/audio", "air"))]
+        >>> names = ("acc2_nonzero", "val_acc2", "mae_noise/audio", "air")
+        >>> [found and found.name for found in map(named_metric, names)]
         ['acc2_nonzero', 'acc2', 'mae', None]
     """
     kind = metric.partition("/")[0].removeprefix("val_")
@@ -173,8 +176,10 @@ def format_value(metric: str, value: float, *, unit: bool = True) -> str:
     """A value with the decimals of its metric; errors have three significant digits and no minus.
 
     Example:
-        >>> format_value("accuracy", 0.7512), format_value("parameters", 123456), format_value("noise_attention_r", -0.2)
-        ('75.1 %', '123 k', '−0.20')
+        >>> format_value("accuracy", 0.7512), format_value("parameters", 123456)
+        ('75.1 %', '123 k')
+        >>> format_value("noise_attention_r", -0.2)
+        '−0.20'
         >>> format_value("negative_error", -0.01234), format_value("negative_error", -2.0)
         ('0.0123', '2.00')
     """

@@ -26,7 +26,10 @@ def quality(evidence: VerdictEvidence) -> Iterator[Verdict]:
     r, p = evidence.get("noise_attention_r"), evidence.get("noise_attention_p")
     name = (evidence.details.get("response") or {}).get("modality") or "the modality"
     if r is None:
-        text = f"Attention does not respond to input quality: the attention to {name} is the same for clean input and noise."
+        text = (
+            "Attention does not respond to input quality: "
+            f"the attention to {name} is the same for clean input and noise."
+        )
         yield Verdict("quality", "does not respond to input quality", text, {}, "response", "bad")
         return
     figures = {"noise_attention_r": r} | ({} if p is None else {"noise_attention_p": p})
@@ -40,7 +43,10 @@ def quality(evidence: VerdictEvidence) -> Iterator[Verdict]:
         text = f"No significant response of attention to noise in {name} ({shown})."
         yield Verdict("quality", "shows no significant response of attention to noise", text, figures, "response")
     elif r >= FOLLOWS:
-        text = f"Attention responds to input quality: it moves away from {name} when {name} is replaced by noise ({shown})."
+        text = (
+            "Attention responds to input quality: "
+            f"it moves away from {name} when {name} is replaced by noise ({shown})."
+        )
         yield Verdict("quality", "responds to input quality", text, figures, "response", "good")
     elif r >= BLIND:
         text = f"Attention responds weakly to input quality: it moves slightly away from noise in {name} ({shown})."
@@ -59,8 +65,8 @@ def level(evidence: VerdictEvidence) -> Iterator[Verdict]:
     if r is None or own_level is None or not depends_on_level(r, own_level):
         return
     text = (
-        f"With noise of the mean and standard deviation of the training data r = {format_signed(r)}; with those of each "
-        f"sample r = {format_signed(own_level)}. {LEVEL}"
+        f"With noise of the mean and standard deviation of the training data r = {format_signed(r)}; "
+        f"with those of each sample r = {format_signed(own_level)}. {LEVEL}"
     )
     figures = {"noise_attention_r": r, "noise_attention_r_own": own_level}
     yield Verdict("level", "responds to the level of the noise", text, figures, "response", "bad")
@@ -93,7 +99,10 @@ def needs_cross_modal(evidence: VerdictEvidence) -> Iterator[Verdict]:
         text = f"Relies on cross-modal attention between single tokens: {text}."
         yield Verdict("quag", "relies on cross-modal attention", text, figures, "quag", "good")
     elif compared.worse:
-        text = f"Cross-modal attention affects the score, which is not significantly above the constant prediction: {text}."
+        text = (
+            "Cross-modal attention affects the score, "
+            f"which is not significantly above the constant prediction: {text}."
+        )
         yield Verdict("quag", "depends without benefit on cross-modal attention", text, figures, "quag")
     else:
         text = f"No significant effect of cross-modal attention between single tokens: {text}."
@@ -109,7 +118,8 @@ def ood_detection(evidence: VerdictEvidence) -> Iterator[Verdict]:
     # Standard error of the rank statistic under the null hypothesis of equal distributions.
     error = math.sqrt((evidence.samples + outside + 1) / (12 * max(evidence.samples, 1) * max(outside, 1)))
     p = math.erfc(abs(auroc - 0.5) / (error * math.sqrt(2)))
-    shown = f"AUROC {auroc:.2f}, {format_p(p)}, {evidence.samples} in-distribution and {outside} out-of-distribution samples"
+    counts = f"{evidence.samples} in-distribution and {outside} out-of-distribution samples"
+    shown = f"AUROC {auroc:.2f}, {format_p(p)}, {counts}"
     figures = {metric: auroc}
     if p >= SURE:
         text = f"Confidence does not significantly separate out-of-distribution from in-distribution inputs ({shown})."

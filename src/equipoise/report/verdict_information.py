@@ -24,8 +24,8 @@ def information_gain(evidence: VerdictEvidence) -> Iterator[Verdict]:
         yield Verdict("information_gain", "can gain from fusion", text, figures, "information")
         return
     text = (
-        f"The best modality has all of the {joint:.2f} bits in the outputs of the encoders, within {NEGLIGIBLE} bits or the "
-        "95 % interval: fusion has nothing to add, because of the data or of the encoders."
+        f"The best modality has all of the {joint:.2f} bits in the outputs of the encoders, within {NEGLIGIBLE} bits "
+        "or the 95 % interval: fusion has nothing to add, because of the data or of the encoders."
     )
     yield Verdict("information_gain", "cannot gain from fusion", text, figures, "information")
 

@@ -169,8 +169,8 @@ def robustness_fallback(evidence: VerdictEvidence) -> Iterator[Verdict]:
         figures = {noise: compared.value, expected: compared.base}
         alone = f"{best} alone reaches" if best else f"masking {name} gives"
         text = (
-            f"with {name} replaced by noise the {metric_label(evidence.score)} is {evidence.say(compared.value)}, {alone} "
-            f"{evidence.say(compared.base)} ({evidence.proof(compared)})"
+            f"with {name} replaced by noise the {metric_label(evidence.score)} is {evidence.say(compared.value)}, "
+            f"{alone} {evidence.say(compared.base)} ({evidence.proof(compared)})"
         )
         left, other = evidence.compare(noise, evidence.constant), evidence.compare(expected, evidence.constant)
         at_constant = False
@@ -225,7 +225,8 @@ def vs_best_unimodal(evidence: VerdictEvidence) -> Iterator[Verdict]:
         claim, text = (
             "better than its best unimodal baseline, but not than a constant prediction",
             (
-                f"Better than the best unimodal baseline, but not significantly better than the constant prediction: {text}"
+                f"Better than the best unimodal baseline, but not significantly better than the constant prediction: "
+                f"{text}"
             ),
         )
     else:

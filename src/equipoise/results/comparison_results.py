@@ -35,12 +35,19 @@ class ComparisonResults(dict):
         """
         return [
             {
-                "run": "/".join([*([str(run["fold"])] if run.get("fold") else []), run["method"], f"seed{run['seed']}"]),
-                "method": run["method"], "seed": run["seed"], "fold": run.get("fold"), "metric": metric, "value": value,
+                "run": "/".join(
+                    [*([str(run["fold"])] if run.get("fold") else []), run["method"], f"seed{run['seed']}"]
+                ),
+                "method": run["method"],
+                "seed": run["seed"],
+                "fold": run.get("fold"),
+                "metric": metric,
+                "value": value,
                 **dict(zip(("low", "high"), (run.get("intervals") or {}).get(metric, (None, None)), strict=True)),
             }
-            for run in self["runs"] for metric, value in run["metrics"].items()
-        ]  # fmt: skip
+            for run in self["runs"]
+            for metric, value in run["metrics"].items()
+        ]
 
     def to_pandas(self, part: Literal["runs", "summary"] = "runs") -> Any:
         """Returns ``rows()``, or the summary with paired differences, as a ``pandas.DataFrame``.

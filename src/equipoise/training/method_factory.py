@@ -200,9 +200,11 @@ def build_encoder(name: str, options: dict[str, Any], dataset: Dataset) -> Encod
         ]
         kind = "" if words is None else f", ids below {words}"
         raise ConfigError(
-            f"encoder '{name}'", got=f"{class_name} for samples of shape {shape}{kind}",
-            expected=f"samples of shape {encoder_classes[class_name].reads}" + (f", or {' or '.join(able)}" if able else ""),
-        )  # fmt: skip
+            f"encoder '{name}'",
+            got=f"{class_name} for samples of shape {shape}{kind}",
+            expected=f"samples of shape {encoder_classes[class_name].reads}"
+            + (f", or {' or '.join(able)}" if able else ""),
+        )
     if encoder_classes[class_name] is not encoders.Backbone or words is None:
         return instantiate(encoder_classes[class_name], f"encoder '{name}'", {**follows, **options})
     # Data sets reserve 0 for padding.
@@ -210,9 +212,11 @@ def build_encoder(name: str, options: dict[str, Any], dataset: Dataset) -> Encod
     known_ids = getattr(encoder.model.config, "vocab_size", None)
     if isinstance(known_ids, int) and words - encoder.shift > known_ids:
         raise ConfigError(
-            f"encoder '{name}'", expected=f"ids of the model's {known_ids:,} tokens", got=f"{words - encoder.shift:,} tokens",
+            f"encoder '{name}'",
+            expected=f"ids of the model's {known_ids:,} tokens",
+            got=f"{words - encoder.shift:,} tokens",
             fix=f"Give the folder of the model's own tokenizer: --data.modalities.{name}.tokenizer FOLDER.",
-        )  # fmt: skip
+        )
     return encoder
 
 

@@ -165,9 +165,11 @@ def _pair_recipe(source: ManifestDataset, data: dict[str, Any], base: Recipe) ->
     """Returns the recipe of a self-contained model with encoders and training options that fit a table."""
     if not base.model:
         raise ConfigError(
-            "--pair", expected="a recipe with a model, such as dual_encoder", got=f"the methods {', '.join(base.methods)}",
+            "--pair",
+            expected="a recipe with a model, such as dual_encoder",
+            got=f"the methods {', '.join(base.methods)}",
             fix="Add --config dual_encoder, or give --target for a prediction.",
-        )  # fmt: skip
+        )
     train, usual, fitting = base.train, TrainOptions(), pair_training(len(source.train))
     changes = {
         key: getattr(fitting, key) for key in ("epochs", "batch_size") if getattr(train, key) == getattr(usual, key)

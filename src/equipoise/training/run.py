@@ -170,7 +170,8 @@ def _load_dataset_cached(options: str) -> data.Dataset:
             fix="Leave out --folds, --fold and the recipe's folds.",
         )  # fmt: skip
     with single_thread():
-        # Reductions round differently with several threads; load on one thread so that compare's workers see the same data.
+        # Reductions round differently with several threads; load on one thread so that compare's workers see the same
+        # data.
         return instantiate(names[name], f"data set '{name}'", content)
 
 
@@ -185,9 +186,15 @@ def load_run_dataset(recipe: Recipe, fold: str | None) -> data.Dataset:
 
 
 def _fit(
-    model: FusionModel | SelfContainedModel, balancers: list[Balancer], job: RunSpec, recipe: Recipe, source: data.Dataset,
-    folder: Path, journal: HistoryCallback, trainer_options: dict[str, Any],
-) -> pl.Trainer:  # fmt: skip
+    model: FusionModel | SelfContainedModel,
+    balancers: list[Balancer],
+    job: RunSpec,
+    recipe: Recipe,
+    source: data.Dataset,
+    folder: Path,
+    journal: HistoryCallback,
+    trainer_options: dict[str, Any],
+) -> pl.Trainer:
     options = recipe.train
     training = (
         SelfContainedTraining(model, options, seed=job.seed)

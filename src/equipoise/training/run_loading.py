@@ -29,15 +29,15 @@ def load(
 ) -> FusionModel | SelfContainedModel | Reliability:
     """Loads a model trained by ``train`` or ``compare``, on the CPU, in evaluation mode, with its saved rotation.
 
-    Also loads what ``save_pretrained`` and ``push_to_hub`` saved: ``eq.load("user/name")`` downloads a model from the Hugging
-    Face Hub if there is no such folder. The data set of the recipe must be available for the folder of a run, since it
-    determines the shapes; other folders need no data. No code from the folder is executed.
-    To merge a rotation into the weights, call ``eq.merge_rotations`` on the model. A method with ``+reliability`` is loaded
-    as ``eq.Reliability``, fitted.
+    Also loads what ``save_pretrained`` and ``push_to_hub`` saved: ``eq.load("user/name")`` downloads a model from the
+    Hugging Face Hub if there is no such folder. The data set of the recipe must be available for the folder of a run,
+    since it determines the shapes; other folders need no data. No code from the folder is executed. To merge a rotation
+    into the weights, call ``eq.merge_rotations`` on the model. A method with ``+reliability`` is loaded as
+    ``eq.Reliability``, fitted.
 
     Args:
-        folder: folder of one run: ``--out`` of ``train``, or ``runs/<fold>/<method>/seed<n>`` in that of ``compare``; or a
-            folder of ``save_pretrained``, or the name of a model on the Hub.
+        folder: folder of one run: ``--out`` of ``train``, or ``runs/<fold>/<method>/seed<n>`` in that of ``compare``;
+            or a folder of ``save_pretrained``, or the name of a model on the Hub.
         data: the data set, if it was moved or is not named by the recipe: the new path of the table, or a ``Dataset``.
 
     Raises:
@@ -50,7 +50,8 @@ def load(
         >>> from equipoise.training import RunSpec, execute_run
         >>> recipe = recipes.load_recipe("digits").with_train(epochs=1)
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     _ = execute_run(RunSpec(recipe, "image", seed=0), Path(folder), trainer_options={"limit_train_batches": 1})
+        ...     spec, options = RunSpec(recipe, "image", seed=0), {"limit_train_batches": 1}
+        ...     _ = execute_run(spec, Path(folder), trainer_options=options)
         ...     model = load(folder)
         >>> model.names, model.training
         (('image',), False)

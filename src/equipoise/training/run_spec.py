@@ -130,6 +130,8 @@ def check_against(folder: Path, runs: list[RunResult]) -> None:
             same = all(stored[name] == run[name] for name in ("method", "seed", "fold"))
             if same and stored != to_jsonable(run):
                 raise DataError(
-                    str(folder / "results.json"), expected=f"the content of '{inside / RUN}'", got="a different run there",
+                    str(folder / "results.json"),
+                    expected=f"the content of '{inside / RUN}'",
+                    got="a different run there",
                     fix="Run the command that wrote them again; finished runs are not run again.",
-                )  # fmt: skip
+                )

@@ -13,9 +13,15 @@ from equipoise.training.run import load_run_dataset
 from helpers.raw_layouts import prepare_raw
 
 RECIPES = {
-    "cremad": "cremad", "cremad_resnet": "cremad", "kinetics_sounds": "kinetics_sounds", "mosei": "mosei", "mosi_multibench": "mosi",
-    "av_mnist": "av_mnist", "ucf101": "ucf101", "hmdb51": "hmdb51",
-}  # fmt: skip
+    "cremad": "cremad",
+    "cremad_resnet": "cremad",
+    "kinetics_sounds": "kinetics_sounds",
+    "mosei": "mosei",
+    "mosi_multibench": "mosi",
+    "av_mnist": "av_mnist",
+    "ucf101": "ucf101",
+    "hmdb51": "hmdb51",
+}
 SMALL = {
     "ViTEncoder": {"dim": 24, "depth": 1, "heads": 2}, "SequenceEncoder": {"dim": 24, "depth": 1, "heads": 2},
     "ConvEncoder": {"dim": 24, "widths": [8, 8]}, "ResNetEncoder": {"dim": 24},

@@ -69,71 +69,125 @@ class Evil:
 
 # name -> (layout, what happens to the raw copy, the message)
 ENDS = {
-    "missing csv": ("cremad", lambda raw: (raw / "train.csv").unlink(), r"expected train\.csv or .*, got none.*--split disjoint"),
-    "empty csv": ("cremad", lambda raw: (raw / "test.csv").write_text(""), "one line for each sample, got an empty file"),
+    "missing csv": (
+        "cremad",
+        lambda raw: (raw / "train.csv").unlink(),
+        r"expected train\.csv or .*, got "
+        r"none.*--split disjoint",
+    ),
+    "empty csv": (
+        "cremad",
+        lambda raw: (raw / "test.csv").write_text(""),
+        "one line for each sample, got an empty file",
+    ),
     "binary csv": ("cremad", lambda raw: (raw / "test.csv").write_bytes(b"\xff\xfe\x00x,1"), "a text in UTF-8"),
-    "short line": ("cremad", lambda raw: (raw / "test.csv").write_text("1001_DFA_NEU_XX\n"), "2 columns.*got 1 in line 1"),
+    "short line": (
+        "cremad",
+        lambda raw: (raw / "test.csv").write_text("1001_DFA_NEU_XX\n"),
+        "2 columns.*got 1 in line 1",
+    ),
     "duplicate id": (
-        "cremad", lambda raw: shutil.copy(raw / "train.csv", raw / "test.csv"),
+        "cremad",
+        lambda raw: shutil.copy(raw / "train.csv", raw / "test.csv"),
         r"every sample once, in one split, got '\w+' twice: line 1 of train.csv and line 1 of test.csv",
     ),
-    "no sounds": ("cremad", lambda raw: shutil.rmtree(raw / "AudioWAV"), r"expected AudioWAV or audio: .*--path audio=PATH"),
+    "no sounds": (
+        "cremad",
+        lambda raw: shutil.rmtree(raw / "AudioWAV"),
+        r"expected AudioWAV or audio: .*--path "
+        r"audio=PATH",
+    ),
     "no frames": ("cremad", lambda raw: shutil.rmtree(raw / "Image-01-FPS"), "Image-01-FPS or"),
     "linked csv": (
-        "cremad", lambda raw: (shutil.move(raw / "train.csv", raw.parent), (raw / "train.csv").symlink_to("../train.csv")),
+        "cremad",
+        lambda raw: (shutil.move(raw / "train.csv", raw.parent), (raw / "train.csv").symlink_to("../train.csv")),
         "a file in the folder of the data set, got a link that leads out of it",
     ),
     "linked folder": (
-        "cremad", lambda raw: (shutil.move(raw / "AudioWAV", raw.parent), (raw / "AudioWAV").symlink_to("../AudioWAV")),
+        "cremad",
+        lambda raw: (shutil.move(raw / "AudioWAV", raw.parent), (raw / "AudioWAV").symlink_to("../AudioWAV")),
         "a link that leads out of it",
     ),
     "wrong label": (
-        "kinetics_sounds", lambda raw: edit(raw / "my_train.txt", ",10,0", ",10,31"),
+        "kinetics_sounds",
+        lambda raw: edit(raw / "my_train.txt", ",10,0", ",10,31"),
         r"my_train.txt', line 1: expected a class from 0 to 30, got '31'",
     ),
     "label that is no number": (
-        "kinetics_sounds", lambda raw: edit(raw / "my_train.txt", ",10,0", ",10,bowling"), "got 'bowling'"
+        "kinetics_sounds",
+        lambda raw: edit(raw / "my_train.txt", ",10,0", ",10,bowling"),
+        "got 'bowling'",
     ),
     "duplicate clip": (
-        "kinetics_sounds", lambda raw: edit(raw / "my_test.txt", "test0000001", "test0000000"), "'test0000000' twice"
+        "kinetics_sounds",
+        lambda raw: edit(raw / "my_test.txt", "test0000001", "test0000000"),
+        "'test0000000' twice",
     ),
     "truncated pickle": ("mosei", lambda raw: truncate(raw / "mosei_senti_data.pkl"), "got a truncated file"),
     "pickle with a global": ("mosei", mosei_change(runs), r"got one that refers to '(posix|nt)\.mkdir'"),
     "empty pickle": ("mosei", lambda raw: (raw / "mosei_senti_data.pkl").write_bytes(b""), "got an empty file"),
     "no pickle": ("mosei", lambda raw: (raw / "mosei_senti_data.pkl").rename(raw / "x.pkl"), "--path pickle=PATH"),
     "pickle of a list": ("mosei", mosei_change(lambda content: [1]), "the keys train, valid and test, got list"),
-    "pickle without valid": ("mosei", mosei_change(drop_key), r"train, valid and test, got the keys \['test', 'train'\]"),
+    "pickle without valid": (
+        "mosei",
+        mosei_change(drop_key),
+        r"train, valid and test, got the keys \['test', "
+        r"'train'\]",
+    ),
     "split that is no dict": ("mosei", mosei_change(lambda c: {**c, "test": 3}), "test: expected a dict, got int"),
     "no vision": ("mosei", mosei_change(other_key), "text, audio, vision, id and labels, got none for vision"),
-    "wrong dtype": ("mosei", mosei_change(objects), r"train, text: expected numbers \(sample, time, feature\), got object"),
+    "wrong dtype": (
+        "mosei",
+        mosei_change(objects),
+        r"train, text: expected numbers \(sample, time, feature\), got "
+        r"object",
+    ),
     "fewer rows": ("mosei", mosei_change(fewer), "test, audio: expected as many samples as labels = 6, got 5"),
     "array of objects": (
-        "av_mnist", lambda raw: save(raw / "image" / "train_data.npy", lambda v: v.astype(object)), "got Python objects"
+        "av_mnist",
+        lambda raw: save(raw / "image" / "train_data.npy", lambda v: v.astype(object)),
+        "got Python objects",
     ),
     "truncated array": ("av_mnist", lambda raw: truncate(raw / "audio" / "train_data.npy"), "got a damaged file"),
-    "other shape": ("av_mnist", lambda raw: save(raw / "image" / "test_data.npy", lambda v: v[:, :700]), "images of 28 x 28"),
-    "audio without time": (
-        "av_mnist", lambda raw: save(raw / "audio" / "test_data.npy", lambda v: v[0]), "numbers in 3 dimensions"
+    "other shape": (
+        "av_mnist",
+        lambda raw: save(raw / "image" / "test_data.npy", lambda v: v[:, :700]),
+        "images of 28 x 28",
     ),
-    "fewer labels": ("av_mnist", lambda raw: save(raw / "test_labels.npy", lambda v: v[1:]), "as many samples as labels = 7"),
+    "audio without time": (
+        "av_mnist",
+        lambda raw: save(raw / "audio" / "test_data.npy", lambda v: v[0]),
+        "numbers in 3 dimensions",
+    ),
+    "fewer labels": (
+        "av_mnist",
+        lambda raw: save(raw / "test_labels.npy", lambda v: v[1:]),
+        "as many samples as labels = 7",
+    ),
     "no array": ("av_mnist", lambda raw: (raw / "train_labels.npy").unlink(), "expected train_labels.npy or"),
     "clip of another name": (
-        "ucf101", lambda raw: edit(raw / "ucfTrainTestlist" / "testlist01.txt", "v_Archery_g01_c01", "archery1"),
+        "ucf101",
+        lambda raw: edit(raw / "ucfTrainTestlist" / "testlist01.txt", "v_Archery_g01_c01", "archery1"),
         "line 1: expected a clip as v_Class_g01_c01.avi, got 'Archery/archery1.avi'",
     ),
     "one direction of the flow": ("ucf101", lambda raw: shutil.rmtree(raw / "flow_v"), "flow_v or"),
     "no flow": (
-        "ucf101", lambda raw: [shutil.rmtree(raw / f"flow_{axis}") for axis in "uv"], "expected flow_u or flow_x"
+        "ucf101",
+        lambda raw: [shutil.rmtree(raw / f"flow_{axis}") for axis in "uv"],
+        "expected flow_u or flow_x",
     ),
     "no list": ("ucf101", lambda raw: shutil.rmtree(raw / "ucfTrainTestlist"), "expected trainlist01.txt or"),
     "unknown mark": (
-        "hmdb51", lambda raw: edit(first(raw, "test*/chew*"), "goo_0.avi 1", "goo_0.avi 7"), "line 1: expected 0, 1 or 2, got '7'"
+        "hmdb51",
+        lambda raw: edit(first(raw, "test*/chew*"), "goo_0.avi 1", "goo_0.avi 7"),
+        "line 1: expected 0, 1 or 2, got '7'",
     ),
     "no lists of this fold": (
-        "hmdb51", lambda raw: [path.rename(path.with_suffix(".old")) for path in raw.glob("test*/*")],
+        "hmdb51",
+        lambda raw: [path.rename(path.with_suffix(".old")) for path in raw.glob("test*/*")],
         r"expected lists \{class\}_test_split1.txt, got none",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("fault", ENDS)
@@ -184,33 +238,53 @@ DROPS = {
     "linked wav": ("cremad", "AudioWAV/*.wav", link, "a link that leads out of it"),
     "missing frames": ("cremad", "Image-01-FPS/*", shutil.rmtree, "a folder of images, got no such folder"),
     "folder without frames": (
-        "cremad", "Image-01-FPS/*", lambda p: [file.unlink() for file in p.iterdir()], "images, got a folder without any"
+        "cremad",
+        "Image-01-FPS/*",
+        lambda p: [file.unlink() for file in p.iterdir()],
+        "images, got a folder without any",
     ),
     "truncated frame": ("cremad", "Image-01-FPS/*/00001.jpg", truncate, "expected a complete image"),
     "text as frame": ("cremad", "Image-01-FPS/*/00001.jpg", lambda p: p.write_text("x"), "a file of another kind"),
     "linked frame": ("cremad", "Image-01-FPS/*/00001.jpg", link, "a link that leads out of it"),
     "three frames": (
-        "kinetics_sounds", "visual/*", lambda p: [(p / f"frame_{i:05d}.jpg").unlink() for i in range(4, 10)],
+        "kinetics_sounds",
+        "visual/*",
+        lambda p: [(p / f"frame_{i:05d}.jpg").unlink() for i in range(4, 10)],
         "4 images or more, got 3",
     ),
     "NaN in a spectrogram": (
-        "kinetics_sounds", "audio/*.npy", lambda p: save(p, lambda v: np.where(v == v[3, 3], np.nan, v)),
+        "kinetics_sounds",
+        "audio/*.npy",
+        lambda p: save(p, lambda v: np.where(v == v[3, 3], np.nan, v)),
         "expected finite values, got NaN",
     ),
     "objects in a spectrogram": (
-        "kinetics_sounds", "audio/*.npy", lambda p: save(p, lambda v: v.astype(object)), "got Python objects"
+        "kinetics_sounds",
+        "audio/*.npy",
+        lambda p: save(p, lambda v: v.astype(object)),
+        "got Python objects",
     ),
     "empty spectrogram": ("kinetics_sounds", "audio/*.npy", lambda p: save(p, lambda v: v[:0]), "got an empty array"),
-    "short wav": ("kinetics_sounds", "audio/*.wav", lambda p: shutil.copy(p.parent / "s.wave", p), "400 samples at 16 kHz or more"),
+    "short wav": (
+        "kinetics_sounds",
+        "audio/*.wav",
+        lambda p: shutil.copy(p.parent / "s.wave", p),
+        "400 samples at 16 kHz or more",
+    ),
     "one image of the flow": ("ucf101", "flow_u/*", shutil.rmtree, "a folder of images, got no such folder"),
     "NaN in pixels": (
-        "av_mnist", "image/train_data.npy", lambda p: save(p, lambda v: np.where(v == v[0, 0], np.nan, v)), "got NaN"
+        "av_mnist",
+        "image/train_data.npy",
+        lambda p: save(p, lambda v: np.where(v == v[0, 0], np.nan, v)),
+        "got NaN",
     ),
     "label that is no digit": (
-        "av_mnist", "train_labels.npy", lambda p: save(p, lambda v: np.where(np.arange(len(v)) == 3, 11, v)),
+        "av_mnist",
+        "train_labels.npy",
+        lambda p: save(p, lambda v: np.where(np.arange(len(v)) == 3, 11, v)),
         "expected a digit, got 11",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("fault", DROPS)

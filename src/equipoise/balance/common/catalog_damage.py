@@ -23,9 +23,15 @@ def fitting_corruptions(
 
 
 def damage_samples(
-    result: dict[str, Any], name: str, kind: InputKind | None, corruptions: Sequence[str], degree: Float[Tensor, " batch"],
-    destroyed: Bool[Tensor, " batch"], valid: Bool[Tensor, "batch ..."], random: torch.Generator,
-) -> Bool[Tensor, " batch"]:  # fmt: skip
+    result: dict[str, Any],
+    name: str,
+    kind: InputKind | None,
+    corruptions: Sequence[str],
+    degree: Float[Tensor, " batch"],
+    destroyed: Bool[Tensor, " batch"],
+    valid: Bool[Tensor, "batch ..."],
+    random: torch.Generator,
+) -> Bool[Tensor, " batch"]:
     """Damages a modality of some samples: one corruption for those to destroy, another one for the others.
 
     Args:

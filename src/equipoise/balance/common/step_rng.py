@@ -13,7 +13,8 @@ def step_generator(seed: int, step: int, device: torch.device | str = "cpu") -> 
     """Returns a generator seeded by (seed, step), identical on all processes; the global RNG is not touched.
 
     Example:
-        >>> float(torch.rand((), generator=step_generator(0, 7))) == float(torch.rand((), generator=step_generator(0, 7)))
+        >>> first, second = (torch.rand(2, generator=step_generator(0, 7)) for _ in range(2))
+        >>> torch.equal(first, second)
         True
     """
     return torch.Generator(device).manual_seed(seed * 1_000_003 + step)

@@ -168,7 +168,7 @@ def _foreign_target(part: nn.Module, num_heads: int | None, names: Sequence[str]
 
 
 def _between(part: nn.Module) -> str:
-    """Returns the name of the operation that changes the queries between projection and attention; "" if there is none."""
+    """Returns the name of the operation that changes the queries between projection and attention, or \"\"."""
     norms = (getattr(part, name, None) for name in NORMS)
     if any(isinstance(norm, nn.Module) and not isinstance(norm, nn.Identity) for norm in norms):
         return "the norms of queries and keys"

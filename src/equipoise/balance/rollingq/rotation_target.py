@@ -150,8 +150,8 @@ class ProjectionRotationTarget(ForeignTarget):
             )
         if "position_embeddings" in inspect.signature(module.forward).parameters or hasattr(module, "rotary_emb"):
             warnings.warn(
-                f"RollingQ: {type(module).__name__} seems to use rotary position embeddings. The rotation after '{query}' is "
-                "applied before them, so angles to keys are measured without positions.",
+                f"RollingQ: {type(module).__name__} seems to use rotary position embeddings. The rotation after "
+                f"'{query}' is applied before them, so angles to keys are measured without positions.",
                 stacklevel=4,
             )
 

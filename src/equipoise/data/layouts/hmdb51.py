@@ -72,11 +72,15 @@ class HMDB51(RGBFlowClips):
         files: dict[str, Any] = self.clip_files(raw, {clip: label for clip, _, label in rows})
         samples = [
             RawSample(
-                clip, split if label in classes else "ood", classes.index(label) if label in classes else -1, source_of(clip, label),
-                label, files[clip],
+                clip,
+                split if label in classes else "ood",
+                classes.index(label) if label in classes else -1,
+                source_of(clip, label),
+                label,
+                files[clip],
             )
             for clip, split, label in rows
-        ]  # fmt: skip
+        ]
         notes = [f"{unused} clips are in neither split of the published lists."] if unused else []
         return Scan(hold_out_validation(samples, by_group=True), notes=notes, classes=classes)
 

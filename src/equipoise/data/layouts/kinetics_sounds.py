@@ -21,12 +21,38 @@ from .raw_folder import Place
 from .split_assignment import hold_out_validation
 
 CLASSES = (
-    "blowing nose", "blowing out candles", "bowling", "chopping wood", "dribbling basketball", "laughing", "mowing lawn",
-    "playing accordion", "playing bagpipes", "playing bass guitar", "playing clarinet", "playing drums", "playing guitar",
-    "playing harmonica", "playing keyboard", "playing organ", "playing piano", "playing saxophone", "playing trombone",
-    "playing trumpet", "playing violin", "playing xylophone", "ripping paper", "shoveling snow", "shuffling cards",
-    "singing", "stomping grapes", "tap dancing", "tapping guitar", "tapping pen", "tickling",
-)  # fmt: skip
+    "blowing nose",
+    "blowing out candles",
+    "bowling",
+    "chopping wood",
+    "dribbling basketball",
+    "laughing",
+    "mowing lawn",
+    "playing accordion",
+    "playing bagpipes",
+    "playing bass guitar",
+    "playing clarinet",
+    "playing drums",
+    "playing guitar",
+    "playing harmonica",
+    "playing keyboard",
+    "playing organ",
+    "playing piano",
+    "playing saxophone",
+    "playing trombone",
+    "playing trumpet",
+    "playing violin",
+    "playing xylophone",
+    "ripping paper",
+    "shoveling snow",
+    "shuffling cards",
+    "singing",
+    "stomping grapes",
+    "tap dancing",
+    "tapping guitar",
+    "tapping pen",
+    "tickling",
+)
 LISTS = {
     split: tuple(pattern.format(split) for pattern in ("{}.csv", "{}.txt", "my_{}.txt", "ks_{}_overlap.txt"))
     for split in ("train", "test")

@@ -11,7 +11,10 @@ class MOSEI(SentimentPickle):
 
     name = "mosei"
     title = "CMU-MOSEI"
-    source = "https://github.com/pliang279/MultiBench (mosei_senti_data.pkl), https://github.com/thuiar/MMSA (aligned_50.pkl)"
+    source = (
+        "https://github.com/pliang279/MultiBench (mosei_senti_data.pkl), "
+        "https://github.com/thuiar/MMSA (aligned_50.pkl)"
+    )
     places = {  # noqa: RUF012
         "pickle": Place(
             (

@@ -184,7 +184,8 @@ def load_restricted_pickle(path: str | Path, *, who: str = "pickle") -> Any:
     except ForbiddenName as error:
         raise DataError(
             who, expected=CONTENT, got=f"one that refers to '{ascii(str(error))[1:-1][:80]}'",
-            fix="It was not executed. Take the file from its publisher, or convert it to arrays in the program that made it.",
+            fix="It was not executed. Take the file from its publisher, or convert it to arrays in the program that "
+                "made it.",
         ) from error  # fmt: skip
     except (EOFError, pickle.UnpicklingError) as error:
         text = " ".join(str(error).split())[:100] or "it ends early"

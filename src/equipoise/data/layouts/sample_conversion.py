@@ -93,9 +93,11 @@ def _converted(
                     yield future.result()
         except BrokenProcessPool as error:
             raise DataError(
-                f"data prepare {layout.name}", expected="running worker processes", got="a worker process that was killed",
+                f"data prepare {layout.name}",
+                expected="running worker processes",
+                got="a worker process that was killed",
                 fix="Is there enough memory? The same command goes on; try fewer --workers.",
-            ) from error  # fmt: skip
+            ) from error
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 

@@ -196,6 +196,8 @@ def unreadable(bad: Mapping[int, Sequence[str]], rows: int) -> DataError:
     listed = " ".join(f"[{row}] {reasons[0]}" for row, reasons in list(bad.items())[:LISTED])
     more = f" (and {len(bad) - LISTED} more)" if len(bad) > LISTED else ""
     return DataError(
-        "data", expected=f"readable files in all {rows} rows", got=f"{len(bad)} rows that cannot be read: {listed}{more}",
+        "data",
+        expected=f"readable files in all {rows} rows",
+        got=f"{len(bad)} rows that cannot be read: {listed}{more}",
         fix="Fix these files, or skip their rows with --skip-bad.",
-    )  # fmt: skip
+    )

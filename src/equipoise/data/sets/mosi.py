@@ -20,7 +20,8 @@ ROWS = {"train": 1447, "test": 752}
 VAL_VIDEOS = 12
 """Of the 62 training videos, kept for validation."""
 SOURCE = (
-    "It holds {text,audio,video}_{train,test}.csv of CMU-MOSI (Zadeh et al. 2016; features of bc-LSTM, Poria et al. 2017), "
+    "It holds {text,audio,video}_{train,test}.csv of CMU-MOSI (Zadeh et al. 2016; features of bc-LSTM, Poria et al. "
+    "2017), "
     "and video_of_{train,test}.csv."
 )
 

@@ -53,16 +53,17 @@ class StreamDataset(Dataset):
 
     One pass over the stream determines the sizes of the splits, the classes, and the statistics of the training rows:
     numbers, categories and words of all of them, files, arrays and lengths of a random sample of 256. An epoch permutes
-    the shards, reads up to 8 of them in turns, and shuffles blocks of ``buffer_size`` rows; see ``StreamOrder``. Batches
-    depend on the seed, the epoch and the data only: they are the same for any number of workers and processes, and a run
-    resumes exactly in the middle of an epoch, by reading the rows up to there without decoding them.
+    the shards, reads up to 8 of them in turns, and shuffles blocks of ``buffer_size`` rows; see ``StreamOrder``.
+    Batches depend on the seed, the epoch and the data only: they are the same for any number of workers and processes,
+    and a run resumes exactly in the middle of an epoch, by reading the rows up to there without decoding them.
 
     Differences from ``ManifestDataset``: splits are not stratified, ``fold`` selects rows by a hash, training rows are
     shuffled within the buffer only, and sampling weights and pairs are refused.
 
     Args:
-        path: csv, tsv, jsonl or parquet file; folder of ``datasets.Dataset.save_to_disk``, or with csv, jsonl or parquet
-            shards; name of a data set on the Hugging Face Hub; a ``datasets.IterableDataset`` or ``IterableDatasetDict``.
+        path: csv, tsv, jsonl or parquet file; folder of ``datasets.Dataset.save_to_disk``, or with csv, jsonl or
+            parquet shards; name of a data set on the Hugging Face Hub; a ``datasets.IterableDataset`` or
+            ``IterableDatasetDict``.
         target, group, split, kinds, modalities, task, root: see ``Manifest``.
         pair, weight: refused.
         folds, fold, seed: of the splits that the source does not have; see ``StreamSplits``.
@@ -101,9 +102,11 @@ class StreamDataset(Dataset):
         for name, value in (("pair", pair), ("weight", weight)):
             if value is not None:
                 raise ConfigError(
-                    "stream", expected=f"no {name}, which needs all rows at once", got=f"{name} = {shorten_repr(value)}",
+                    "stream",
+                    expected=f"no {name}, which needs all rows at once",
+                    got=f"{name} = {shorten_repr(value)}",
                     fix="Leave out --stream: tables are memory-mapped, and only the rows of a batch are read.",
-                )  # fmt: skip
+                )
         if not re.fullmatch("[0-9]{1,9}", str(fold)):
             raise ConfigError(
                 "stream", expected="a fold from 0 to folds - 1", got=f"fold = '{shorten_repr(str(fold))}'"
@@ -174,8 +177,9 @@ class StreamDataset(Dataset):
         rows = len(self.train)
         if shards == 1 and self.task == "classification" and max(1, changes) * self.buffer_size < rows:
             warnings.warn(
-                f"stream: the training rows are sorted by '{self.targets[0]}' in one shard, and only {self.buffer_size} "
-                "rows are shuffled together; most batches have one class. Shuffle the data once, or raise buffer_size.",
+                f"stream: the training rows are sorted by '{self.targets[0]}' in one shard, and only "
+                f"{self.buffer_size} rows are shuffled together; most batches have one class. Shuffle the data once, "
+                "or raise buffer_size.",
                 stacklevel=3,
             )
 

@@ -84,10 +84,10 @@ class Lane:
 class StreamOrder:
     """The rows of a split in the order of one epoch, a function of the seed, the epoch and the shards alone.
 
-    Shards are permuted and dealt to up to ``LANES`` lanes, which are read in turns: row p of the epoch comes from lane p
-    modulo the number of lanes until a lane ends. Each lane shuffles blocks of ``buffer_size`` / lanes rows. A process that
-    reads every n-th row opens only the shards of its own lanes if n divides the number of lanes; otherwise all processes
-    read all shards and skip the rows of the others.
+    Shards are permuted and dealt to up to ``LANES`` lanes, which are read in turns: row p of the epoch comes from lane
+    p modulo the number of lanes until a lane ends. Each lane shuffles blocks of ``buffer_size`` / lanes rows. A process
+    that reads every n-th row opens only the shards of its own lanes if n divides the number of lanes; otherwise all
+    processes read all shards and skip the rows of the others.
 
     Args:
         lengths: rows of the split in each shard.

@@ -26,9 +26,9 @@ class StreamSource:
     """Splits of a stream, as shards that are read separately.
 
     Args:
-        source: csv, tsv, jsonl or parquet file; folder of ``datasets.Dataset.save_to_disk``, or with csv, jsonl or parquet
-            shards; name of a data set on the Hugging Face Hub; ``datasets.IterableDataset``, ``IterableDatasetDict``,
-            ``Dataset`` or ``DatasetDict``.
+        source: csv, tsv, jsonl or parquet file; folder of ``datasets.Dataset.save_to_disk``, or with csv, jsonl or
+            parquet shards; name of a data set on the Hugging Face Hub; ``datasets.IterableDataset``,
+            ``IterableDatasetDict``, ``Dataset`` or ``DatasetDict``.
 
     Attributes:
         parts: name of the split -> IterableDataset.

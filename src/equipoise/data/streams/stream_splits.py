@@ -23,9 +23,9 @@ class StreamSplits:
     """The split of each row, a function of the row alone.
 
     The named splits of the source decide, or a column with train, val or test in each row. If val or test is missing, a
-    training row is in part h of ``folds``, where h is a hash of the seed and its group, or of its number without groups:
-    part ``fold`` is test and the next one val. Groups are never in two splits; sizes are about equal, and classes are not
-    stratified.
+    training row is in part h of ``folds``, where h is a hash of the seed and its group, or of its number without
+    groups: part ``fold`` is test and the next one val. Groups are never in two splits; sizes are about equal, and
+    classes are not stratified.
 
     Args:
         parts: names of the splits of the source; one without a name is all rows.

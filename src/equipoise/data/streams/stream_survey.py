@@ -128,8 +128,8 @@ def survey(rows: StreamRows, target: TargetReader, readers: Mapping[str, Modalit
         readers: observe the training rows.
 
     Returns:
-        A sample of the training rows, a digest of the data, and how often the target differs from that of the row before
-        in the training rows of a shard.
+        A sample of the training rows, a digest of the data, and how often the target differs from that of the row
+        before in the training rows of a shard.
     """
     sample, changes, digested = RowSample(), 0, 0
     digest = hashlib.sha256()

@@ -119,7 +119,8 @@ def read_channels(cell: Cell, root: Path, who: str) -> Tensor:
         values = values[..., None]
     if values.ndim not in (3, 4) or not values.size or values.dtype.kind not in "fiub":
         raise DataError(
-            who, expected="numbers of shape (height, width), (height, width, channel) or (frame, height, width, channel)",
+            who, expected="numbers of shape (height, width), (height, width, channel) or (frame, height, width, "
+                          "channel)",
             got=f"{values.dtype} of shape {values.shape}",
         )  # fmt: skip
     if not np.isfinite(values).all():
@@ -164,8 +165,8 @@ def _video(file: Path | bytes, who: str) -> tuple[Callable[[int], Any], int]:
     except (ImportError, RuntimeError, OSError) as error:
         raise DataError(
             who, expected="torchcodec with FFmpeg, which decodes videos", got="none on this computer",
-            fix="Install FFmpeg and pip install 'equipoise[av]' in a version for this torch (python -c 'import torchcodec' "
-            "names the missing library), or extract the frames to a folder of images per video.",
+            fix="Install FFmpeg and pip install 'equipoise[av]' in a version for this torch (python -c 'import "
+            "torchcodec' names the missing library), or extract the frames to a folder of images per video.",
         ) from error  # fmt: skip
     try:
         decoder = VideoDecoder(file if isinstance(file, bytes) else str(file))

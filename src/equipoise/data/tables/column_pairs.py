@@ -84,9 +84,11 @@ def complete_rows(table: datasets.Dataset, modalities: Mapping[str, Modality]) -
     if not len(rows):
         counts = ", ".join(f"'{name}' in {int(one.sum())}" for name, one in present.items())
         raise DataError(
-            "pair", expected=f"rows with both {' and '.join(present)}" if len(present) == 2 else "rows with all columns",
-            got=f"none of {len(table)} rows ({counts})", fix="Fill the cells: both sides of a pair are in one row.",
-        )  # fmt: skip
+            "pair",
+            expected=f"rows with both {' and '.join(present)}" if len(present) == 2 else "rows with all columns",
+            got=f"none of {len(table)} rows ({counts})",
+            fix="Fill the cells: both sides of a pair are in one row.",
+        )
     return rows
 
 

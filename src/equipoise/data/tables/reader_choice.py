@@ -15,10 +15,18 @@ if TYPE_CHECKING:
     import datasets
 
 READERS: Mapping[str, type[ModalityReader]] = {
-    "audio": AudioReader, "image": ImageReader, "video": FramesReader, "frames": FramesReader, "text": TextReader,
-    "vector": VectorReader, "sequence": SequenceReader, "array": ArrayReader, "number": TableReader, "category": TableReader,
+    "audio": AudioReader,
+    "image": ImageReader,
+    "video": FramesReader,
+    "frames": FramesReader,
+    "text": TextReader,
+    "vector": VectorReader,
+    "sequence": SequenceReader,
+    "array": ArrayReader,
+    "number": TableReader,
+    "category": TableReader,
     "table": TableReader,
-}  # fmt: skip
+}
 
 
 def make_reader(name: str, modality: Modality, table: datasets.Dataset, root: Path) -> ModalityReader:

@@ -130,9 +130,12 @@ def _read_csv(path: Path, delimiter: str) -> pyarrow.Table:
     from pyarrow import csv
 
     return csv.read_csv(
-        path, parse_options=csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
-        convert_options=csv.ConvertOptions(strings_can_be_null=True, quoted_strings_can_be_null=True, null_values=EMPTY),
-    )  # fmt: skip
+        path,
+        parse_options=csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
+        convert_options=csv.ConvertOptions(
+            strings_can_be_null=True, quoted_strings_can_be_null=True, null_values=EMPTY
+        ),
+    )
 
 
 def _checked(table: pyarrow.Table, who: str) -> pyarrow.Table:

@@ -49,8 +49,8 @@ def diagnose(
         loader: batches of held-out data, dicts with every modality and ``"target"``, that can be iterated several times
             in the same order; or a function that returns them.
         tests: names of ``TESTS``; all by default. The score is always measured. ``"robustness"`` (scores under all
-            corruptions of the catalog) and ``"information"`` (redundancy, uniqueness and synergy) take long and run only
-            if they are named.
+            corruptions of the catalog) and ``"information"`` (redundancy, uniqueness and synergy) take long and run
+            only if they are named.
         noise: name -> (mean, std) of the noise that replaces a modality, such as ``Dataset.noise``; by default those of
             the inputs of the loader.
         outside: out-of-distribution batches for the test of confidence.

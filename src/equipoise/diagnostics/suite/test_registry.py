@@ -327,9 +327,13 @@ def robustness(context: DiagnosticContext) -> TestResult:
     """Score under the corruptions of the catalog, at three severities."""
     context.needs_targets()
     result = robustness_of(
-        context.model, context.batches, severities=ROBUSTNESS_SEVERITIES, seed=context.seed, metric=context.metric,
+        context.model,
+        context.batches,
+        severities=ROBUSTNESS_SEVERITIES,
+        seed=context.seed,
+        metric=context.metric,
         statistics={name: tuple(context.noise[name]) for name in context.names if name in context.noise},  # type: ignore[misc]
-    )  # fmt: skip
+    )
     damaged = dict.fromkeys(name for name, _, _ in result.scores)
     metrics = {f"robustness/{name}": result.mean(name) for name in damaged}
     return TestResult(metrics, {"clean": result.clean, "alone": result.alone, "rows": result.rows()})

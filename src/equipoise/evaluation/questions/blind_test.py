@@ -80,8 +80,9 @@ def blind(
         >>> from PIL import Image
         >>> samples = [{"image": Image.new("RGB", (4, 4), color), "question": "Which color?", "answer": color}
         ...            for color in ("red", "blue") * 10]
+        >>> colors = {(255, 0, 0): "red", (0, 0, 255): "blue"}
         >>> def look(image, prompt):
-        ...     return "green" if image is None else {(255, 0, 0): "red", (0, 0, 255): "blue"}.get(image.getpixel((0, 0)), "?")
+        ...     return "green" if image is None else colors.get(image.getpixel((0, 0)), "?")
         >>> blind(look, samples, conditions=("given", "none")).accuracy
         {'given': 1.0, 'none': 0.0}
     """
@@ -109,9 +110,15 @@ def blind(
 
 
 def result_of(
-    questions: Sequence[MediaQuestion], conditions: tuple[str, ...], replies: Mapping[tuple[str, int], Reply],
-    score: Callable[[str, MediaQuestion], float], *, metric: str, name: str, extra: dict[str, list[float | None]] | None = None,
-) -> QuestionResult:  # fmt: skip
+    questions: Sequence[MediaQuestion],
+    conditions: tuple[str, ...],
+    replies: Mapping[tuple[str, int], Reply],
+    score: Callable[[str, MediaQuestion], float],
+    *,
+    metric: str,
+    name: str,
+    extra: dict[str, list[float | None]] | None = None,
+) -> QuestionResult:
     """Scores the replies of all questions."""
     texts: dict[str, list[str | None]] = {}
     scores: dict[str, np.ndarray] = {}
@@ -171,9 +178,11 @@ def ask_all(
                 progress(done, len(tasks))
                 if failures >= STOP_AFTER:
                     raise DataError(
-                        who, expected="a target that replies", got=f"{failures} failed calls in a row, the last: {error}",
+                        who,
+                        expected="a target that replies",
+                        got=f"{failures} failed calls in a row, the last: {error}",
                         fix="Check the target. A journal keeps all replies: run it again.",
-                    )  # fmt: skip
+                    )
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise

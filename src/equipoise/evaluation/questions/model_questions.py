@@ -228,9 +228,10 @@ def _check_media(model: Any, questions: Sequence[MediaQuestion]) -> None:
         for name, _ in question.media:
             if name not in media:
                 raise ConfigError(
-                    f"evaluate sample {question.index}", expected=f"inputs of {type(model).__name__}: {' and '.join(names)}",
+                    f"evaluate sample {question.index}",
+                    expected=f"inputs of {type(model).__name__}: {' and '.join(names)}",
                     got=name,
-                )  # fmt: skip
+                )
 
 
 def fingerprint(model: Any) -> str:

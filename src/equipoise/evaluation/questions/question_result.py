@@ -27,8 +27,12 @@ GIVEN = "given"
 WITHOUT = ("none", "blank", "hidden")
 """Conditions without the medium, of which the one with the highest accuracy counts as "without"."""
 TITLES = {
-    "given": "as given", "blank": "blank", "other": "another question's", "none": "text only", "hidden": "hidden from attention",
-}  # fmt: skip
+    "given": "as given",
+    "blank": "blank",
+    "other": "another question's",
+    "none": "text only",
+    "hidden": "hidden from attention",
+}
 SCHEMA = 1
 
 
@@ -152,9 +156,13 @@ class QuestionResult:
                 precision = hits / max(int(replies.sum()), 1)
                 recall = hits / max(int(answers.sum()), 1)
                 rates[name] = {
-                    "questions": len(pairs), "yes_answers": float(answers.mean()), "yes_replies": float(replies.mean()),
-                    "precision": precision, "recall": recall, "f1": 2 * precision * recall / max(precision + recall, 1e-12),
-                }  # fmt: skip
+                    "questions": len(pairs),
+                    "yes_answers": float(answers.mean()),
+                    "yes_replies": float(replies.mean()),
+                    "precision": precision,
+                    "recall": recall,
+                    "f1": 2 * precision * recall / max(precision + recall, 1e-12),
+                }
         return rates
 
     @property

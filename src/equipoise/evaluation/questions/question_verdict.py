@@ -45,8 +45,8 @@ def _use(result: Any, medium: str, accuracy: float, change: dict[str, Any]) -> s
         return f"All questions have the same answer, so the scores do not show whether the model uses {medium}."
     if interval is None or (interval[0] <= chance and accuracy <= chance + 0.5 * (1 - chance)):
         return (
-            f"The accuracy of {100 * accuracy:.1f} % on {len(result.questions)} questions is not significantly above chance, "
-            f"{100 * chance:.1f} %."
+            f"The accuracy of {100 * accuracy:.1f} % on {len(result.questions)} questions is not significantly above "
+            f"chance, {100 * chance:.1f} %."
         )
     rest = result.accuracy[result.without]
     if change["p"] < LEVEL and change["difference"] > 0:
@@ -92,6 +92,6 @@ def _bias(result: Any, medium: str) -> list[str]:
         else (1 - counts["yes_replies"], 1 - counts["yes_answers"])
     )
     return [
-        f"There is a bias to {word}: it is the reply to {100 * replied:.0f} % of the yes-or-no questions, and the answer to "
-        f"{100 * right:.0f} %."
+        f"There is a bias to {word}: it is the reply to {100 * replied:.0f} % of the yes-or-no questions, and the "
+        f"answer to {100 * right:.0f} %."
     ]

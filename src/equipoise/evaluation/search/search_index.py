@@ -236,7 +236,8 @@ def check_searchable(model: Any, source: Any) -> None:
         raise ConfigError(
             "search", expected="a dual encoder of image and text, trained on data with names and images",
             got=f"{type(model).__name__} on {type(source).__name__}",
-            fix="Train one: equipoise train --config emoji_clip, or with your own table: --data TABLE --pair image,text.",
+            fix="Train one: equipoise train --config emoji_clip, or with your own table: --data TABLE --pair "
+                "image,text.",
         )  # fmt: skip
 
 

@@ -191,9 +191,11 @@ class MODAAdapter:
         labels = self._map.labeled(AttentionCall(key, key, value), frame.module)
         if labels is None or isinstance(labels, str):
             raise ConfigError(
-                f"apply_moda {frame.path}", expected="keys whose modality is known", got=labels or "keys without a modality",
+                f"apply_moda {frame.path}",
+                expected="keys whose modality is known",
+                got=labels or "keys without a modality",
                 fix="Give one label for each token: apply_moda(model, modality=..., names=...).",
-            )  # fmt: skip
+            )
         past = self._states.get(frame.cache, {}) if frame.cache is not None else {}
         state = past.get(frame.path) if labels.continues else None
         state = None if state is None else _repeated(state, key.shape[0])

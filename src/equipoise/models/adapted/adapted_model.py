@@ -43,10 +43,21 @@ class AdaptedModel(TaskLosses, nn.Module):
     """Foreign fusions take no masks of tokens: removed tokens are zeros."""
 
     def __init__(
-        self, model: nn.Module, *, encoders: Mapping[str, str], head: str | None, checked_head: bool,
-        fusion: str | None, heads: Mapping[str, str | nn.Module], task: Any, num_outputs: int, unimodal: str, form: CallForm,
-        logits: Callable[[Any], Tensor] | None, loss: OwnLoss | None,
-    ) -> None:  # fmt: skip
+        self,
+        model: nn.Module,
+        *,
+        encoders: Mapping[str, str],
+        head: str | None,
+        checked_head: bool,
+        fusion: str | None,
+        heads: Mapping[str, str | nn.Module],
+        task: Any,
+        num_outputs: int,
+        unimodal: str,
+        form: CallForm,
+        logits: Callable[[Any], Tensor] | None,
+        loss: OwnLoss | None,
+    ) -> None:
         super().__init__()
         self.model = model
         self.names = tuple(encoders)
@@ -95,9 +106,10 @@ class AdaptedModel(TaskLosses, nn.Module):
             setattr(self.model.get_submodule(parent), last, value)
         elif name == "fusion":
             raise self._without(
-                "a fusion of equipoise, which a method can wrap", f"{type(self.model).__name__}, whose fusion is its own code",
+                "a fusion of equipoise, which a method can wrap",
+                f"{type(self.model).__name__}, whose fusion is its own code",
                 "Choose a method that does not replace the fusion, or build the model as eq.FusionModel.",
-            )  # fmt: skip
+            )
         else:
             super().__setattr__(name, value)
 
@@ -138,9 +150,10 @@ class AdaptedModel(TaskLosses, nn.Module):
         absent = [name for name in self.names if name not in captured.encoders]
         if absent:
             raise self._without(
-                f"a forward pass through the encoder '{self._paths[absent[0]]}' of '{absent[0]}'", "one that skipped it",
+                f"a forward pass through the encoder '{self._paths[absent[0]]}' of '{absent[0]}'",
+                "one that skipped it",
                 "Name the module that the forward pass calls.",
-            )  # fmt: skip
+            )
         return self.num_outputs or _two_dim(self._raw_logits(captured.returned)).shape[-1]
 
     def encode(self, batch: Any) -> EncodedTokens:

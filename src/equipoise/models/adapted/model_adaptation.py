@@ -97,9 +97,19 @@ def adapt(
     outputs = num_outputs or _outputs(model, head_path)
     head_paths, mode = _given_heads(model, heads, tuple(paths), unimodal)
     adapted = AdaptedModel(
-        model, encoders=paths, head=head_path, checked_head=head is not None, fusion=fusion_path, heads=head_paths, task=task,
-        num_outputs=outputs or 0, unimodal=mode, form=form, logits=logits, loss=loss,
-    )  # fmt: skip
+        model,
+        encoders=paths,
+        head=head_path,
+        checked_head=head is not None,
+        fusion=fusion_path,
+        heads=head_paths,
+        task=task,
+        num_outputs=outputs or 0,
+        unimodal=mode,
+        form=form,
+        logits=logits,
+        loss=loss,
+    )
     adapted.train(model.training)
     if example is not None:
         with eval_mode_no_grad(adapted):
@@ -169,18 +179,22 @@ def _head_path(model: nn.Module, head: Part | None, encoders: Mapping[str, str])
     if head is not None and head is not False:
         return _path(model, head, "head")
     outside = [
-        (path, module) for path, module in model.named_modules()
-        if path and not any(path == e or path.startswith(f"{e}.") or e.startswith(f"{path}.") for e in encoders.values())
-    ]  # fmt: skip
+        (path, module)
+        for path, module in model.named_modules()
+        if path
+        and not any(path == e or path.startswith(f"{e}.") or e.startswith(f"{path}.") for e in encoders.values())
+    ]
     candidates = [path for path, module in outside if path.rpartition(".")[2] in HEADS and _has_parameters(module)]
     linear = [path for path, module in outside if isinstance(module, nn.Linear)]
     if candidates or linear:
         return min(candidates, key=lambda path: path.count(".")) if candidates else linear[-1]
     raise ConfigError(
-        "adapt", expected="a final head, whose input are the features", got=f"{type(model).__name__} without a linear layer "
-        "outside of its encoders", fix="Pass head=model.classifier, or head=False: then features are the pooled tokens, "
-        "and only methods that replace the head (MLA, ReconBoost, MMCosine, AMCo, QMF, TMC) are refused.",
-    )  # fmt: skip
+        "adapt",
+        expected="a final head, whose input are the features",
+        got=f"{type(model).__name__} without a linear layer outside of its encoders",
+        fix="Pass head=model.classifier, or head=False: then features are the pooled tokens, and only methods that "
+        "replace the head (MLA, ReconBoost, MMCosine, AMCo, QMF, TMC) are refused.",
+    )
 
 
 def _has_parameters(module: nn.Module) -> bool:

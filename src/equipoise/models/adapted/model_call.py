@@ -105,7 +105,8 @@ class CallForm:
         raise ConfigError(
             "adapt", expected=f"a forward with arguments for {', '.join(self.names)}, or with one dict",
             got=f"{who}.forward({', '.join(self.parameters)})",
-            fix="Name the arguments: inputs={'audio': 'waveform', ...}; or pass a function that returns the arguments for "
+            fix="Name the arguments: inputs={'audio': 'waveform', ...}; or pass a function that returns the "
+                "arguments for "
             "a batch: inputs=lambda batch: (batch['audio'], batch['image']). watch and RollingQ work without adapt.",
         )  # fmt: skip
 

@@ -80,7 +80,8 @@ class CrossModalMatcher(SelfContainedModel):
 
     Example:
         >>> encoders = {name: nn.Linear(5, 8) for name in ("audio", "image", "text")}
-        >>> model = CrossModalMatcher(encoders, 10, pairs=[["audio", "image"], ["image", "text"]], consistency=1.0, dim=8)
+        >>> pairs = [["audio", "image"], ["image", "text"]]
+        >>> model = CrossModalMatcher(encoders, 10, pairs=pairs, consistency=1.0, dim=8)
         >>> scene = {name: torch.randn(2, 3, 5) for name in encoders}
         >>> sorted(model.losses({**scene, "target": torch.arange(3).expand(2, 3, 3)}))
         ['consistency', 'matching', 'probe']
@@ -101,9 +102,10 @@ class CrossModalMatcher(SelfContainedModel):
             raise ConfigError("CrossModalMatcher", expected="three or more modalities", got=f"{len(self.names)}")
         if not (0 <= consistency < math.inf and temperature > 0 and width >= 1 and sinkhorn >= 0):
             raise ConfigError(
-                "CrossModalMatcher", expected="a finite consistency >= 0, temperature > 0, width >= 1 and sinkhorn >= 0",
+                "CrossModalMatcher",
+                expected="a finite consistency >= 0, temperature > 0, width >= 1 and sinkhorn >= 0",
                 got=f"consistency = {consistency}, temperature = {temperature}, width = {width}, sinkhorn = {sinkhorn}",
-            )  # fmt: skip
+            )
         self.pairs = checked_pairs(pairs, self.names)
         self.transfer = transfer_pair(self.pairs, transfer, self.names)
         self.dim = _width(encoders) if dim is None else dim

@@ -34,26 +34,27 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 class HubMethods(RecordedOptions):
     """Adds ``save_pretrained``, ``from_pretrained`` and ``push_to_hub`` to a model, as huggingface_hub's mixins do.
 
-    The files are ``config.json`` (classes of equipoise and their options), ``model.safetensors``, the card ``README.md`` and,
-    if there is one, ``diagnosis.json``. Loading imports and runs nothing that a file names. Folders need no further
-    package; the Hub needs ``huggingface_hub`` (``pip install 'equipoise[hf]'``).
-    """
+    The files are ``config.json`` (classes of equipoise and their options), ``model.safetensors``, the card
+    ``README.md`` and, if there is one, ``diagnosis.json``. Loading imports and runs nothing that a file names. Folders
+    need no further package; the Hub needs ``huggingface_hub`` (``pip install 'equipoise[hf]'``)."""
 
     def save_pretrained(
         self, folder: str | os.PathLike[str], *, diagnosis: Diagnosis | None = None, repo_id: str | None = None
     ) -> Path:
         """Saves the model to a folder, with its rotations.
 
-        Encoders and fusions of equipoise and ``nn.Linear`` are described in ``config.json``; other modules have to be passed
-        to ``from_pretrained``.
+        Encoders and fusions of equipoise and ``nn.Linear`` are described in ``config.json``; other modules have to be
+        passed to ``from_pretrained``.
 
         Args:
             folder: a folder, which is created; its files are replaced.
-            diagnosis: result of ``eq.diagnose`` for the card; for a model of ``eq.load`` that of its run, if it was diagnosed.
+            diagnosis: result of ``eq.diagnose`` for the card; for a model of ``eq.load`` that of its run, if it was
+                diagnosed.
             repo_id: name on the Hub, for the card.
 
         Raises:
-            ConfigError: a model whose weights do not fit its description, such as one with modules that were added later.
+            ConfigError: a model whose weights do not fit its description, such as one with modules that were added
+            later.
         """
         model: Any = self
         folder = Path(folder)
@@ -100,9 +101,16 @@ class HubMethods(RecordedOptions):
         return model
 
     def push_to_hub(
-        self, repo_id: str, *, diagnosis: Diagnosis | None = None, private: bool | None = None, token: str | None = None,
-        revision: str | None = None, commit_message: str = "Upload model with equipoise", create_pr: bool = False,
-    ) -> str:  # fmt: skip
+        self,
+        repo_id: str,
+        *,
+        diagnosis: Diagnosis | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload model with equipoise",
+        create_pr: bool = False,
+    ) -> str:
         """Uploads the files of ``save_pretrained`` to the Hugging Face Hub, and returns the address of the commit.
 
         Args:

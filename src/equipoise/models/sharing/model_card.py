@@ -34,13 +34,25 @@ def write_model_card(
     names = getattr(model, "names", ())
     place = repo_id or "FOLDER"
     lines = [
-        "---", "library_name: equipoise", "tags:", "- equipoise", "- multimodal", "---", "",
-        f"# {_plain(place if repo_id else type(model).__name__)}", "",
+        "---",
+        "library_name: equipoise",
+        "tags:",
+        "- equipoise",
+        "- multimodal",
+        "---",
+        "",
+        f"# {_plain(place if repo_id else type(model).__name__)}",
+        "",
         f"A `{type(model).__name__}` of [equipoise](https://pypi.org/project/equipoise/). Modalities: "
         f"{', '.join(map(_plain, names)) or 'unknown'}. Task: {_plain(str(getattr(model, 'task', 'unknown')))}. "
         f"Parameters: {sum(p.numel() for p in model.parameters()):,}.",
-        "", "```python", "import equipoise as eq", "", f'model = eq.load("{re.sub("[^A-Za-z0-9._/-]", "", place)}")', "```",
-    ]  # fmt: skip
+        "",
+        "```python",
+        "import equipoise as eq",
+        "",
+        f'model = eq.load("{re.sub("[^A-Za-z0-9._/-]", "", place)}")',
+        "```",
+    ]
     if run is not None:
         fold = f", fold {_plain(str(run['fold']))}" if run.get("fold") else ""
         lines += ["", f"Trained by the method `{_plain(str(run['method']))}` with seed {int(run['seed'])}{fold}."]

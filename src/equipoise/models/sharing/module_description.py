@@ -1,4 +1,4 @@
-"""Describes a model as JSON, and builds it from the description, without importing or running anything that it names."""
+"""Describes a model as JSON, and builds it from the description, without importing or running what it names."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def describe(value: Any) -> Any:
 
 
 def live_options(module: RecordedOptions) -> dict[str, Any]:
-    """Returns the arguments with which a module was created; submodules that were replaced since are the present ones."""
+    """Returns the arguments with which a module was created, with the present submodules."""
     options = module.recorded_options()
     # The weights are saved, so that those it started from are not needed.
     options.pop("pretrained", None)
@@ -121,7 +121,8 @@ def build(value: Any, given: Mapping[str, nn.Module], path: str, depth: int = 0)
         *before, last = path.split(".")
         example = f"{before[0]}={{'{last}': module}}" if before else f"{last}=module"
         raise ConfigError(
-            WHO, expected=f"the module '{path}' of the type {shorten_repr(content['given'])}, which only your code can build",
+            WHO, expected=f"the module '{path}' of the type {shorten_repr(content['given'])}, which only your code "
+                          f"can build",
             got="none", fix=f"Pass it: from_pretrained(..., {example}).",
         )  # fmt: skip
     raise SchemaError(WHO, expected="a description of a model", got=shorten_repr(value))

@@ -87,9 +87,11 @@ class DuplexAligner(nn.Module):
             raise ConfigError("DuplexAligner", expected="dim >= 1 and num_modalities >= 1", got=got)
         if basis == "key_value" and norm == "trace":
             raise ConfigError(
-                "DuplexAligner", expected="a norm that is defined for every matrix", got="norm='trace' with basis='key_value'",
+                "DuplexAligner",
+                expected="a norm that is defined for every matrix",
+                got="norm='trace' with basis='key_value'",
                 fix="The trace of K^T V may be zero or negative; use 'row', 'fro' or 'spectral'.",
-            )  # fmt: skip
+            )
         changed = tuple(range(num_modalities)) if directions is None else tuple(directions)
         if not changed or len(set(changed)) < len(changed) or not set(changed) <= set(range(num_modalities)):
             raise ConfigError(
@@ -209,9 +211,11 @@ class DuplexAligner(nn.Module):
             raise ShapeError("DuplexAligner key", expected=f"width = dim = {self.dim}", got=f"{width}")
         if self.kind.basis == "key_value" and value.shape != key.shape:
             raise ShapeError(
-                "DuplexAligner value", expected=f"the shape of the keys, {tuple(key.shape)}", got=f"{tuple(value.shape)}",
+                "DuplexAligner value",
+                expected=f"the shape of the keys, {tuple(key.shape)}",
+                got=f"{tuple(value.shape)}",
                 fix="With basis='key_value', values must have the width of the keys; use basis='gram'.",
-            )  # fmt: skip
+            )
         if tuple(modality.shape) not in ((length,), (batch, length)):
             raise ShapeError(
                 "DuplexAligner modality", expected=f"shape (key,) = {(length,)} or (batch, key) = {(batch, length)}",
