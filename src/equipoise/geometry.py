@@ -144,6 +144,24 @@ def orthogonalize(rotation: Float[Tensor, "*batch d d"]) -> Float[Tensor, "*batc
     return rotation @ (3 * eye - rotation.mT @ rotation) / 2
 
 
+def rotation_random(source: Float[Tensor, " d"], target: Float[Tensor, " d"], *, seed: int) -> Float[Tensor, "d d"]:
+    """Computes a rotation of the source by the angle between source and target, in a random plane: a control.
+
+    The plane contains the source and a direction that is uniformly distributed over those orthogonal to it.
+
+    Example:
+        >>> R = rotation_random(torch.tensor([1.0, 0.0, 0.0]), torch.tensor([0.0, 2.0, 0.0]), seed=0)
+        >>> round(float((torch.tensor([1.0, 0.0, 0.0]) @ R)[0]), 6)      # 90 degrees from the source
+        0.0
+    """
+    x, y = _directions("rotation_random", source, target)
+    c = (x * y).sum()
+    noise = torch.randn(x.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(x.device)
+    noise -= (noise @ x) * x
+    turned = c * x + (1 - c * c).clamp(min=0).sqrt() * noise / noise.norm()
+    return rotation_between(x, turned).to(source.device, source.dtype)
+
+
 def nearest_rotation(matrix: Float[Tensor, "*batch d d"]) -> Float[Tensor, "*batch d d"]:
     """Computes the rotation nearest to ``matrix`` in the Frobenius norm, the orthogonal factor U V^T of its SVD.
 

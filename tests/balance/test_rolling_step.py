@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import equipoise as eq
 from equipoise.errors import ConfigError, ShapeError
+from equipoise.geometry import cosine
 from helpers.tolerance import TOL
 from oracles.rollingq import rotation_row, step
 
@@ -212,6 +213,20 @@ def test_svd_rotation_reaches_the_anchor():
     minimal = eq.balance.rolling_query(query, keys, rho=1.0)
     eye = torch.eye(13, dtype=torch.float64)
     assert float((result.rotation - eye).norm()) > float((minimal.rotation - eye).norm())
+
+
+def test_random_rotation_has_the_angle_of_the_minimal_one():
+    query, keys = random_query_and_keys(5, 2, 13)
+    minimal = eq.balance.rolling_query(query, keys, rho=1.0)
+    first, again, other = (
+        eq.balance.rolling_query(query, keys, rho=1.0, rotation="random", seed=seed) for seed in (0, 0, 1)
+    )
+    torch.testing.assert_close(query @ first.rotation, first.anchor, **EXACT)
+    torch.testing.assert_close(query @ first.anchor, query @ minimal.anchor, **EXACT)
+    assert torch.equal(first.rotation, again.rotation)
+    assert abs(float(cosine(first.anchor, other.anchor))) < 0.99
+    assert float(cosine(first.anchor, minimal.anchor)) < 0.99
+    torch.testing.assert_close(first.rotation @ first.rotation.mT, torch.eye(13, dtype=torch.float64), **EXACT)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

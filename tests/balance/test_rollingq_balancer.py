@@ -438,7 +438,7 @@ def test_compiled_model_is_observed_without_recompilation():
         ({"indicator": "angle"}, "expected indicator 'cosine', 'logit', .* got indicator = 'angle'"),
         ({"query_rows": "some"}, "expected query_rows 'first' or 'all', got query_rows = 'some'"),
         ({"heads": "each"}, "expected heads 'per_head' or 'joint', got heads = 'each'"),
-        ({"rotation": "qr"}, "expected rotation 'minimal' or 'svd', got rotation = 'qr'"),
+        ({"rotation": "qr"}, "expected rotation 'minimal', 'svd', 'random', got rotation = 'qr'"),
         ({"target_share": {"audio": 0.9, "image": 0.9}}, "shares of exactly two modalities that sum to 1"),
     ],
 )

@@ -13,10 +13,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ...errors import ConfigError, ShapeError, unknown_name
-from ...geometry import PARALLEL, VANISHING, cosine, rotation_between, rotation_svd
+from ...geometry import PARALLEL, VANISHING, cosine, rotation_between, rotation_random, rotation_svd
 
-ROTATIONS = {"minimal": rotation_between, "svd": rotation_svd}
-"""Name -> function that computes the rotation from query and anchor."""
+RotationName = Literal["minimal", "svd", "random"]
+ROTATIONS = ("minimal", "svd", "random")
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +52,8 @@ def rolling_query(
     rho: float,
     imbalance: Mapping[str, float] | None = None,
     weights: Mapping[str, float] | None = None,
-    rotation: Literal["minimal", "svd"] = "minimal",
+    rotation: RotationName = "minimal",
+    seed: int = 0,
 ) -> RollingStep:
     """Rotates the mean query toward an anchor with the largest weight on the modality with the least attention.
 
@@ -70,7 +71,9 @@ def rolling_query(
         imbalance: name -> c_m to use instead of the cosines of the means, such as the mean over samples of cosines or
             another indicator.
         weights: name -> alpha to use instead of the formula, non-negative, of sum 1; ``rho`` is then ignored.
-        rotation: ``"svd"`` as in the released code, for comparison; see ``rotation_svd``.
+        rotation: ``"svd"`` as in the released code, for comparison; see ``rotation_svd``. ``"random"`` is a control: it
+            rotates by the same angle in a random direction, so that the anchor ignores the keys; see ``rotation_random``.
+        seed: of the direction of ``"random"``.
 
     Returns:
         RollingStep; computed in float64, tensors in the dtype of ``query``.
@@ -106,7 +109,11 @@ def rolling_query(
     anchor, matrix = q, torch.eye(len(q), dtype=torch.float64, device=q.device)
     if not reason:
         anchor = mixed / mixed.norm() * q.norm()
-        matrix = ROTATIONS[rotation](q, anchor)
+        if rotation == "random":
+            matrix = rotation_random(q, anchor, seed=seed)
+            anchor = q @ matrix
+        else:
+            matrix = (rotation_svd if rotation == "svd" else rotation_between)(q, anchor)
     return RollingStep(
         air=dict(zip(names, air, strict=True)),
         spread=float(c.max() - c.min()),

@@ -17,7 +17,7 @@ from .attention_modules import find_rotation_target
 from .compile_disabled import CompileDisabled
 from .query_key_statistics import Indicator, RunningSums, key_mask, query_key_sums
 from .query_rotation import Rotation
-from .rolling_step import RollingStep, rolling_query
+from .rolling_step import RollingStep, RotationName, rolling_query
 from .rollingq_options import check_options
 from .rotation_target import AttentionRotationTarget, ForeignTarget
 from .share_weights import weights_for_share
@@ -54,7 +54,9 @@ class RollingQ(Rotation):
         query_rows: ``"first"`` rotates the first query row (the class token), ``"all"`` every row. By default
             ``"first"``, and ``"all"`` for attention that was found in a module of another library.
         heads: ``"per_head"`` rotates each head in its own space, ``"joint"`` all heads together in the model's width.
-        rotation: ``"minimal"``, or ``"svd"`` as in the released code, for comparison.
+        rotation: ``"minimal"``; ``"svd"`` as in the released code, for comparison; ``"random"`` rotates by the same
+            angle in a random direction, as control: what it also changes is not due to the direction.
+        seed: of the random directions, together with the epoch and the head.
         target_share: name -> target share of attention for two modalities; determines the anchor's weights instead of
             ``rho``.
         names: the modalities, if the layer has no names.
@@ -99,7 +101,8 @@ class RollingQ(Rotation):
         indicator: Indicator = "cosine",
         query_rows: Literal["first", "all"] | None = None,
         heads: Literal["per_head", "joint"] = "per_head",
-        rotation: Literal["minimal", "svd"] = "minimal",
+        rotation: RotationName = "minimal",
+        seed: int = 0,
         target_share: Mapping[str, float] | None = None,
         names: Sequence[str] | None = None,
         query: str | None = None,
@@ -115,7 +118,8 @@ class RollingQ(Rotation):
         self.warmup_epochs, self.min_epochs_between = warmup_epochs, min_epochs_between
         self.statistics, self.query_rows, self.heads = statistics, query_rows, heads
         self.indicator: Indicator = indicator
-        self.method: Literal["minimal", "svd"] = rotation
+        self.method: RotationName = rotation
+        self.seed = seed
         self.target_share = dict(target_share) if target_share else None
         check_options(self, tail)
         target.check_rows(self.query_rows)
@@ -288,6 +292,7 @@ class RollingQ(Rotation):
         return rolling_query(
             means.query, means.keys,
             rho=self.rho, imbalance=means.imbalance, weights=weights, rotation=self.method,
+            seed=(self.seed * 65_537 + int(self.epochs)) * 4096 + group,
         )  # fmt: skip
 
     def _imbalance(self, steps: list[RollingStep | None]) -> Tensor:

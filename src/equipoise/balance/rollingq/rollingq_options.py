@@ -7,6 +7,7 @@ from numbers import Integral, Real
 from typing import Any
 
 from ...errors import ConfigError
+from .rolling_step import ROTATIONS
 from .share_weights import check_target
 
 
@@ -25,7 +26,8 @@ def check_options(balancer: Any, tail: int | None) -> None:
         in ("cosine", "logit", "mass", "mass_per_token"),
         "query_rows 'first' or 'all'": balancer.query_rows in ("first", "all"),
         "heads 'per_head' or 'joint'": balancer.heads in ("per_head", "joint"),
-        "rotation 'minimal' or 'svd'": balancer.method in ("minimal", "svd"),
+        f"rotation {', '.join(map(repr, ROTATIONS))}": balancer.method in ROTATIONS,
+        "seed >= 0": _at_least(balancer.seed, 0, Integral),
     }
     if balancer.target_share is not None:
         check_target(balancer.names, balancer.target_share)
