@@ -71,8 +71,9 @@ def rolling_query(
         imbalance: name -> c_m to use instead of the cosines of the means, such as the mean over samples of cosines or
             another indicator.
         weights: name -> alpha to use instead of the formula, non-negative, of sum 1; ``rho`` is then ignored.
-        rotation: ``"svd"`` as in the released code, for comparison; see ``rotation_svd``. ``"random"`` is a control: it
-            rotates by the same angle in a random direction, so that the anchor ignores the keys; see ``rotation_random``.
+        rotation: ``"svd"`` as in the released code, for comparison; see ``rotation_svd``. ``"random"``, a control,
+            rotates by the same angle in a random direction, so that the anchor ignores the keys; see
+            ``rotation_random``.
         seed: of the direction of ``"random"``.
 
     Returns:
