@@ -34,8 +34,9 @@ def coefficients(
     *,
     alpha: float,
 ) -> Float[Tensor, " modality"]:
-    """kappa_m = exp(alpha min(tau_m - r_m, 7)), with r_m = exp(mean_{n != m} e_n - e_m) and tau_m the same of the mean
-    errors.
+    """kappa_m = exp(alpha min(tau_m - r_m, 7)).
+
+    r_m = exp(mean_{n != m} e_n - e_m), and tau_m is the same of the mean errors.
 
     Args:
         errors: (modality,) e_m of this step.

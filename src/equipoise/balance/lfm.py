@@ -159,8 +159,9 @@ class LFM(Balancer):
         return torch.stack(pairs).mean()
 
     def _gradients(self, task: Tensor, apart: Tensor, size: int, gradient: Tensor) -> dict[str, Tensor]:
-        """Returns both gradients times samples, and the number of samples; computed at the loop's loss scale, then
-        unscaled.
+        """Returns both gradients times samples, and the number of samples.
+
+        Gradients are computed at the loss scale of the training loop, and then unscaled.
         """
         gradients = torch.stack([self._gradient(term, gradient) for term in (task, apart)]) / gradient
         return {"gradients": torch.cat([gradients * size, gradients.new_full((2, 1), size)], dim=1)}

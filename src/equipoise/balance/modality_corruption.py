@@ -285,9 +285,7 @@ def _present_modalities(batch: Mapping[str, Any], names: tuple[str, ...]) -> Boo
 
 
 def _valid_values(batch: Mapping[str, Any], name: str, present: Bool[Tensor, " batch"]) -> Bool[Tensor, "batch ..."]:
-    """Returns which tokens of an input are valid, where ``batch["mask"]`` is a mask of them; otherwise which
-    samples.
-    """
+    """Returns the valid tokens of an input if ``batch["mask"]`` is a mask of tokens, otherwise the valid samples."""
     masks, values = batch.get("mask"), batch[name]
     mask = masks.get(name) if isinstance(masks, Mapping) else None
     if isinstance(mask, Tensor) and values.ndim == 3 and mask.shape == values.shape[:2]:

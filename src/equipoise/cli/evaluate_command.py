@@ -1,6 +1,4 @@
-"""``equipoise evaluate``: evaluates a pretrained model on our benchmarks; prints a table and writes
-``results.json``.
-"""
+"""``equipoise evaluate``: evaluates a pretrained model on benchmarks or on your questions."""
 
 from __future__ import annotations
 

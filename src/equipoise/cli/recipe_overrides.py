@@ -37,8 +37,9 @@ class Change(NamedTuple):
 
 
 def split_recipe_options(words: Sequence[str], error: Callable[[str], Any]) -> tuple[list[str], list[Change]]:
-    """Splits arguments into those of argparse and changes of the recipe; calls ``error`` for an option without a
-    value.
+    """Splits arguments into those of argparse and changes of the recipe.
+
+    Calls ``error`` for an option without a value.
     """
     rest, changes, remaining = [], [], iter(words)
     for word in remaining:

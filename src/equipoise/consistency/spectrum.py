@@ -55,8 +55,9 @@ def nuclear_norm(matrix: SquareMatrix, *, method: Method = "auto") -> Float[Tens
 
 
 class _NuclearNorm(torch.autograd.Function):
-    """Computes the norm and U V^T; U and V are not differentiated, since repeated singular values give infinite
-    gradients.
+    """Computes the norm and U V^T.
+
+    U and V are not differentiated, since repeated singular values give infinite gradients.
     """
 
     @staticmethod
@@ -86,8 +87,9 @@ def _by_svd(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _by_gram(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Uses eigenvectors of P P^T; small singular values are exact as norms of u^T P, unlike square roots of
-    eigenvalues.
+    """Computes singular values from the eigenvectors u of P P^T.
+
+    Small singular values are exact as norms of u^T P, unlike square roots of eigenvalues.
     """
     _, left = torch.linalg.eigh(matrix @ matrix.transpose(-1, -2))
     rows = left.transpose(-1, -2) @ matrix
@@ -152,8 +154,9 @@ def consistency_score(
 
 
 def contradiction_excess(matrix: SquareMatrix, *, method: Method = "auto") -> Float[Tensor, ...]:
-    """Computes (|P|_* - tr P) / tr P >= 0, which is 0 for symmetric positive semidefinite P: maps without
-    contradiction.
+    """Computes (|P|_* - tr P) / tr P >= 0.
+
+    It is 0 for symmetric positive semidefinite P, that is for maps without contradiction.
 
     Also 0 for a zero matrix, the maps of a sample without tokens.
     """

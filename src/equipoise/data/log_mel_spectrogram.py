@@ -77,8 +77,9 @@ def log_mel_frames(
 
 @functools.lru_cache(maxsize=32)
 def mel_bands(rate: int = RATE, fft: int = FFT, bands: int = BANDS) -> Float[Tensor, "band bin"]:
-    """Returns triangular mel filters of height 1: bands + 1 equal steps of mel(f) = 2595 log10(1 + f / 700) to rate /
-    2.
+    """Returns triangular mel filters of height 1.
+
+    They divide mel(f) = 2595 log10(1 + f / 700) up to rate / 2 into bands + 1 equal steps.
 
     Example:
         >>> bool((mel_bands().sum(dim=1) > 0).all())

@@ -128,8 +128,7 @@ def key_geometry(
     noise: Mapping[str, tuple[float, float]] | None = None,
     seed: int = 0,
 ) -> KeyGeometry:
-    """Measures angle and norm of the mean key of each modality relative to the query, their gaps, and the effect of
-    noise.
+    """Measures angle and norm of the mean key of each modality relative to the query, their gaps and effects of noise.
 
     A modality whose keys have a larger cosine with the query receives more attention regardless of its content. If the
     cosines of two modalities do not overlap, the query separates them by position alone; if noise does not change the

@@ -79,8 +79,9 @@ def _constant(values: Tensor) -> bool:
 
 
 def most_attended(predictions: CollectedPredictions) -> str:
-    """The modality whose mean key has the largest average cosine with the class query; without keys, the largest
-    share.
+    """The modality whose mean key has the largest average cosine with the class query.
+
+    Without keys, the modality with the largest share.
     """
     ranked = predictions.share if predictions.cosine is None else predictions.cosine
     if ranked is None:

@@ -42,9 +42,7 @@ class Robustness:
     names: tuple[str, ...]
 
     def best_intact(self, modality: str) -> float:
-        """Returns the score of the best other modality alone, which does not depend on this one; NaN if there is no
-        other.
-        """
+        """Returns the score of the best other modality alone; NaN if there is no other."""
         return max((score for name, score in self.alone.items() if name != modality), default=math.nan)
 
     def mean(self, modality: str | None = None, corruption: str | None = None) -> float:
@@ -62,9 +60,7 @@ class Robustness:
         return sum(near) / len(near) if near else math.nan
 
     def rows(self) -> list[dict[str, Any]]:
-        """Returns one row for each damage: score, drop from the clean score, and distance to the best intact
-        modality.
-        """
+        """Returns a row for each damage: score, drop from the clean score, distance to the best intact modality."""
         return [
             {
                 "modality": modality, "corruption": corruption, "severity": severity, "score": score,
@@ -75,9 +71,7 @@ class Robustness:
         ]  # fmt: skip
 
     def table(self) -> str:
-        """Returns a text table: one row for each modality and corruption, one column for each severity, and their
-        mean.
-        """
+        """Returns a text table: a row for each modality and corruption, a column for each severity, and the mean."""
         severities = sorted({severity for _, _, severity in self.scores})
         head = ["modality", "corruption", *map(str, severities), "mean", "best intact"]
         lines = [head]
@@ -112,8 +106,7 @@ class Robustness:
         return html_table([*rows, {"modality": "none", "corruption": "clean", "mean": self.clean}])
 
     def figure(self) -> Any:
-        """Returns a matplotlib figure: the mean score under each corruption, the clean score and the best intact
-        modality.
+        """Returns a matplotlib figure of the score under each corruption, clean, and of the best intact modality.
 
         Raises:
             MissingExtraError: matplotlib is not installed.

@@ -165,8 +165,9 @@ class ResidualHead(nn.Module):
 
 
 def sinusoids(positions: Tensor, like: Tensor) -> Float[Tensor, "batch token width"]:
-    """Computes sinusoidal positions: sines in the first half of the features, cosines in the second; an odd last one is
-    0.
+    """Computes sinusoidal positions: sines in the first half of the features, cosines in the second.
+
+    The last feature of an odd number is 0.
     """
     half = like.shape[-1] // 2
     exact = torch.promote_types(like.dtype, torch.float32)

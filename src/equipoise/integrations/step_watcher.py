@@ -1,6 +1,4 @@
-"""Measures single training steps: shares of attention, AIR and gradient norms; used by the callbacks
-``WatchCallback``.
-"""
+"""Measures single training steps for ``WatchCallback``: shares of attention, AIR and gradient norms."""
 
 from __future__ import annotations
 

@@ -366,8 +366,9 @@ class TokenMap:
         return self.parts.encoder is None and not self.parts.has_cross_attention(self.parts.owner(module))
 
     def _labels_by_count(self, call: AttentionCall) -> LabeledKeys | None:
-        """Labels the keys of one of several parallel streams by their number, if one modality of the user has as
-        many.
+        """Labels the keys of one of several parallel streams by their number.
+
+        Exactly one modality of the user must have as many.
         """
         if self.given is None or self.parts.placeholders or not self.parts.others:
             return None

@@ -111,8 +111,9 @@ class TokenStream:
         return torch.full((1, past), self.text) if len(self._names) == 1 else None
 
     def _why_cache_differs(self, length: int, inputs: ForwardInputs) -> str:
-        """Returns why ``length`` labels do not fit the cache; a cache may have been cropped, but not within the
-        prompt.
+        """Returns why ``length`` labels do not fit the cache.
+
+        A cache may have been cropped, but not within the prompt.
         """
         past = inputs.past
         if self._given is not None and not self._given.shape[-1] <= past and not inputs.partial:

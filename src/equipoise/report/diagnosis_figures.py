@@ -297,8 +297,9 @@ def _bars(
 
 
 def _score_axis(axes: Axes, which: Literal["x", "y"], column: ReportColumn) -> None:
-    """Formats the axis of the score; fractions range from 0 to 1, so that the figures of several models are
-    comparable.
+    """Formats the axis of the score.
+
+    Fractions range from 0 to 1, so that the figures of several models are comparable.
     """
     axis = axes.xaxis if which == "x" else axes.yaxis
     axis.set_label_text(method_title(column.found.score).lower())

@@ -148,8 +148,7 @@ def controls(protocol: Mapping[str, Any]) -> Mapping[str, str] | None:
 def summarize_runs(
     runs: Sequence[RunResult], reference: Reference | None = None, *, default: str | None = None
 ) -> list[dict[str, Any]]:
-    """Summarizes runs: one row per method and metric with mean, standard deviation and paired difference to a
-    reference.
+    """Summarizes runs: mean, standard deviation and paired difference to a reference per method and metric.
 
     d_i = metric(method, seed_i, fold_i) - metric(reference, seed_i, fold_i);  t = mean(d) sqrt(n) / sd(d), n-1 degrees
     of freedom, two-sided.

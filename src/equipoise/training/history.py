@@ -22,8 +22,9 @@ Progress = Callable[[int, int], None]
 
 
 class HistoryCallback(pl.Callback):
-    """Records loss, validation score, shares, imbalance and rotations of every epoch, and keys before the first
-    rotation.
+    """Records every epoch: loss, validation score, shares, imbalance and rotations.
+
+    Keys are those before the first rotation.
 
     Put it before ``BalancerCallback`` in the list of callbacks, pass ``look`` to ``BalancerCallback`` as
     ``before_end``, and call ``note`` with the logs of the balancers afterward (``RunHistory`` does).

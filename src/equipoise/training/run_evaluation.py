@@ -161,9 +161,7 @@ def key_metrics(clean: CollectedPredictions, noisy: CollectedPredictions) -> dic
 
 
 def imbalance_metrics(predictions: CollectedPredictions) -> float:
-    """Returns AIR of the first modality: mean query-key cosine minus that of the other modalities; NaN without
-    others.
-    """
+    """Returns AIR of the first modality: mean query-key cosine minus that of the others; NaN without others."""
     if predictions.cosine is None or len(predictions.names) < 2:
         return math.nan
     first, *others = predictions.cosine.nanmean(dim=(0, 1)).tolist()

@@ -199,8 +199,9 @@ class Pending:
         return list(self._open) if self.model is None else self._committed
 
     def commit(self, gradients: Sequence[Tensor]) -> list[Record]:
-        """Returns the records that contributed to the gradients (none if a gradient is not finite); discards the
-        others.
+        """Returns the records that contributed to the gradients, and discards the others.
+
+        There are none if a gradient is not finite.
 
         Assumes that the optimizer steps exactly if all gradients are finite, as with GradScaler. One GPU sync.
         """

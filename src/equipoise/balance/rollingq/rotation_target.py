@@ -196,9 +196,7 @@ def _linear(module: nn.Module, name: str) -> nn.Module:
 
 
 def is_linear(module: nn.Module | None) -> bool:
-    """Returns whether it is a linear layer: torch's, Hugging Face's Conv1D, or a wrapper of one by an adapter
-    (LoRA).
-    """
+    """Returns whether it is a linear layer: of torch, Conv1D of Hugging Face, or one wrapped by LoRA."""
     base = getattr(module, "base_layer", None)
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D" or (base is not None and is_linear(base))
 

@@ -15,8 +15,9 @@ def additive(frames: InputFrames, level: float) -> Tensor:
 
 
 def gain(frames: InputFrames, level: float) -> Tensor:
-    """Multiplies the values by ``level``; adds log(level) standard deviations to a spectrogram, which is
-    logarithmic.
+    """Multiplies the values by ``level``.
+
+    Adds log(level) standard deviations to a spectrogram, which is logarithmic.
     """
     if frames.kind == "spectrogram":
         return frames.values + frames.std * float(torch.tensor(level).log())

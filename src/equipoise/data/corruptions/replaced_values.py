@@ -49,8 +49,9 @@ def replaced(frames: InputFrames, level: float) -> Tensor:
 
 
 def swap_partners(present: Bool[Tensor, " batch"], random: torch.Generator) -> Int[Tensor, " batch"]:
-    """Returns another sample for each sample that has the modality, at random and each once; a single one keeps its
-    own.
+    """Returns another sample for each sample that has the modality, at random and each once.
+
+    A single sample keeps its own values.
 
     Example:
         >>> swap_partners(torch.tensor([True, False, True]), torch.Generator()).tolist()

@@ -1,5 +1,6 @@
-"""Layout of Kinetics-Sounds: frames at one per second, log-mel filter banks or wav files, and the lists of OGM or
-RollingQ.
+"""Layout of Kinetics-Sounds.
+
+Frames at one per second, log-mel filter banks or wav files, and the lists of OGM or RollingQ.
 """
 
 from __future__ import annotations

@@ -132,12 +132,6 @@ class RawFolder:
         )  # fmt: skip
 
 
-def list_folders(folder: Path) -> list[str]:
-    """Returns the sorted names of the folders in a folder."""
-    with os.scandir(folder) as entries:
-        return sorted(entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir())
-
-
 def list_files(folder: Path, suffixes: Sequence[str]) -> list[str]:
     """Returns the sorted names of the files in a folder with one of the suffixes, in lower case."""
     with os.scandir(folder) as entries:

@@ -1,5 +1,6 @@
-"""Reads pickles of published features without executing them: numpy arrays, numbers, texts and plain containers
-only.
+"""Reads pickles of published features without executing them.
+
+Only numpy arrays, numbers, texts and plain containers are read.
 """
 
 from __future__ import annotations

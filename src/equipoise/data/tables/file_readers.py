@@ -189,8 +189,9 @@ class AudioReader(FileReader):
 
 
 class ImageReader(FileReader):
-    """Images (3, size, size), standardized per channel, by ``mean`` and ``std`` of pixels in [0, 1] if they are
-    given.
+    """Images (3, size, size), standardized per channel.
+
+    With the options ``mean`` and ``std``, they are those of pixels in [0, 1], as for a pretrained encoder.
     """
 
     feature_dim = 0

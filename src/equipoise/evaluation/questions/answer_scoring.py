@@ -50,8 +50,11 @@ def exact(reply: str, question: MediaQuestion) -> float:
 
 
 def normalized(reply: str, question: MediaQuestion) -> float:
-    """1 if the reply is an accepted answer without case, punctuation, articles, a leading "The answer is", and with
-    digits for number words; yes and no count at the beginning of a longer reply."""
+    """1 if the normalized reply is an accepted answer.
+
+    Case, punctuation, articles and a leading "The answer is" are removed, and number words become digits. Yes and no
+    also count at the beginning of a longer reply.
+    """
     accepted = {normalize(answer) for answer in question.answers}
     if accepted & {"yes", "no"} and yes_or_no(reply) in accepted:
         return 1.0

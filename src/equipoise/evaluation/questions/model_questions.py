@@ -48,8 +48,9 @@ def evaluate_questions(
     progress: Callable[[int, int], None] = lambda done, total: None,
     name: str = "",
 ) -> QuestionResult:
-    """Asks a model each question with its image or sound, with a blank one, with that of another question, with its
-    tokens hidden from attention, and without any.
+    """Asks a model each question with and without its image or sound.
+
+    The conditions: as given, a blank one, that of another question, hidden from attention, and without any.
 
     Args:
         model: a decoder-only transformers model with images or audio (LLaVA, Qwen-VL, Gemma, Qwen-Audio, ...).

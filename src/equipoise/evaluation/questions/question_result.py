@@ -114,16 +114,12 @@ class QuestionResult:
 
     @property
     def needing(self) -> list[int]:
-        """Indices of the questions answered correctly as given, but under fewer than half of the conditions without
-        media.
-        """
+        """Indices of the questions answered correctly as given, but in less than half of the other conditions."""
         return self._indices(lambda given, rest: given >= 0.5 and rest < 0.5)
 
     @property
     def answered_without(self) -> list[int]:
-        """Indices of the questions answered correctly as given and under at least half of the conditions without
-        media.
-        """
+        """Indices of the questions answered correctly as given and in at least half of the conditions without media."""
         return self._indices(lambda given, rest: given >= 0.5 and rest >= 0.5)
 
     @property

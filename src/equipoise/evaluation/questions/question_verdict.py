@@ -12,8 +12,11 @@ LEVEL = 0.05
 
 
 def verdict_sentences(result: Any) -> list[str]:
-    """Returns the sentences on a ``QuestionResult``: how many questions need the image or sound, whether the model uses
-    it, a bias to yes or no, and failed calls."""
+    """Returns the sentences on a ``QuestionResult``.
+
+    They say how many questions need the image or sound, whether the model uses it, whether it is biased to yes or no,
+    and which calls failed.
+    """
     medium = {"image": "the image", "audio": "the audio"}.get(result.medium, "the media")
     accuracy, without = result.accuracy["given"], result.without
     if np.isnan(accuracy):

@@ -1,6 +1,4 @@
-"""Search over the pairs of a table: entries, their embeddings, and queries that are read in the same way as the
-columns.
-"""
+"""Search over the pairs of a table: entries, their embeddings, and queries that are read like the columns."""
 
 from __future__ import annotations
 

@@ -42,8 +42,10 @@ class OutputMemory:
 
 
 def find_logits(returned: Any) -> Tensor | None:
-    """Returns the logits in what a model returned: a tensor, a field or key such as ``logits``, or the first tensor
-    (batch, output) of a tuple or dict."""
+    """Returns the logits in what a model returned.
+
+    They are a tensor, a field or key such as ``logits``, or the first tensor (batch, output) of a tuple or dict.
+    """
     if isinstance(returned, Tensor):
         return returned
     if isinstance(returned, Mapping):

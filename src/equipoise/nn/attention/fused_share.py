@@ -172,9 +172,7 @@ def _share_by_columns(query, key, modality, num_modalities, bias, is_causal, sca
 
 
 def _fused(query, key, value, bias, is_causal, scale, dropout) -> Float[Tensor, "batch head query dim"]:
-    """Calls `F.scaled_dot_product_attention` for grouped heads, unequal widths, masks, and rows without visible
-    keys.
-    """
+    """Calls `F.scaled_dot_product_attention` with grouped heads, unequal widths, masks or rows without visible keys."""
     if key.shape[1] != query.shape[1]:
         group = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
