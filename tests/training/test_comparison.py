@@ -4,14 +4,16 @@ workers.
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+import equipoise as eq
 from equipoise.errors import ConfigError, DataError
 from equipoise.results import result_rows
 from equipoise.results.significance import unpack_outcomes
-from equipoise.training import comparison, run_evaluation
+from equipoise.training import comparison, left_out, method_factory, run_evaluation
 from equipoise.training import run as experiment
 from equipoise.training.comparison import compare, device, plan_runs
 from helpers.runs import metrics_by_run, recipe
@@ -240,3 +242,27 @@ def test_plan_is_ordered_by_seed():
     order = [(job.seed, job.fold, job.method) for job in plan]
     assert order == [(s, f, m) for s in (0, 1) for f in "AB" for m in ("concat", "joint")]
     assert len({job.folder(Path("x")) for job in plan}) == 8
+
+
+def test_one_kind_of_corruption_is_left_out(tmp_path):
+    config = replace(recipe(epochs=1, balancers={"reliability": {"corruptions": ["blur", "zeros"]}}), left_out=["blur"])
+    method = "concat+corruption+reliability"
+    content = compare(config, [method], seeds=1, out=tmp_path, workers=0)
+    assert content["protocol"]["left_out"] == ["blur"]
+    source = experiment.load_run_dataset(config, None)
+    loaded = eq.load(tmp_path / "runs" / "all" / method / "seed0")
+    found = eq.diagnostics.robustness(
+        loaded, list(eq.data.loader(source, "test", 256, seed=0, train=False)), corruptions=["blur"],
+        statistics=source.noise,
+    )  # fmt: skip
+    for name in found.names:
+        assert content["runs"][0]["metrics"][f"accuracy_corrupted/{name}"] == pytest.approx(found.mean(name))
+    parsed = method_factory.parse_method(method, config)
+    _, (balancer,) = method_factory.build_model(parsed, config, source)
+    assert "blur" not in balancer.corruptions
+    assert {"white_noise", "zeros"} < set(balancer.corruptions)
+    assert left_out.without_left_out(config.balancers["reliability"], config) == {"corruptions": ["zeros"]}
+    with pytest.raises(ConfigError, match="expected a corruption that remains"):
+        left_out.without_left_out({"corruptions": ["blur"]}, config)
+    with pytest.raises(ConfigError, match=r"expected corruptions that fit the data: .* got replaced"):
+        compare(replace(recipe(), left_out=["replaced"]), ["concat"], seeds=1, out=tmp_path, workers=0)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from argparse import BooleanOptionalAction, Namespace
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..data.corruptions import check_corruptions
 from ..errors import ConfigError
 from ..io.atomic_files import atomic_write, check_file, check_folder, check_path_component
 from ..results import result_rows
@@ -57,6 +59,13 @@ def compare_parser() -> Parser:
     parser.add_argument("--seeds", type=whole, default=None, help="number of seeds, starting at 0")
     parser.add_argument("--folds", default=None, help="comma-separated, for data sets with folds")
     parser.add_argument("--out", type=path, default=None, help="output folder; runs/<recipe> by default")
+    parser.add_argument(
+        "--leave-one-kind-out",
+        metavar="KIND",
+        default=None,
+        help="a corruption of the catalog, such as blur, or several separated by commas: training with corruption and "
+        "+reliability use the others, and the test measures the score under it",
+    )
     _add_workers(parser)
     parser.add_argument(
         "--accelerator", default="cpu",
@@ -77,6 +86,11 @@ def compare_parser() -> Parser:
 
 def compare(options: Namespace) -> int:
     recipe, title = chosen_recipe(options)
+    if options.leave_one_kind_out is not None:
+        left_out = _split(options.leave_one_kind_out, "--leave-one-kind-out")
+        check_corruptions(left_out, "--leave-one-kind-out")
+        recipe = replace(recipe, left_out=left_out)
+        title = "-".join([title, "without", *left_out])
     options.out = options.out or Path("runs") / check_path_component(title, "--config")
     names = recipe.methods if options.methods is None else _split(options.methods, "--methods")
     folds = recipe.folds if options.folds is None else _split(options.folds, "--folds")

@@ -16,7 +16,7 @@ used. Negative errors are stored, and displayed as errors."""
 LABELS = {**{metric.name: metric.title for metric in METRICS.values()}, **SCORES}
 """Score or named metric -> label."""
 
-CONDITIONS = ("constant", "alone", "with", "noise", "mask")
+CONDITIONS = ("constant", "alone", "with", "noise", "mask", "corrupted")
 """Last words of the name of a score under a condition, as in ``accuracy_noise/audio``."""
 
 FRACTIONS = ("accuracy", "val_accuracy", "share", "recall@", "matching", "transfer", "pointing", "chance")

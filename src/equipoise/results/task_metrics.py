@@ -33,7 +33,7 @@ Needs = Literal["logits", "probabilities", "predictions"]
 Function = Callable[[Tensor, Tensor], Any]
 """(predictions, targets) -> number."""
 TASKS = ("classification", "multilabel", "regression")
-RESERVED = ("noise", "mask", "alone", "with", "constant")
+RESERVED = ("noise", "mask", "alone", "with", "constant", "corrupted")
 """Last words of the names under which results hold a metric under a condition, as in ``accuracy_noise/audio``."""
 
 

@@ -16,11 +16,13 @@ from ..errors import ConfigError, ShapeError, unknown_name
 from ..fusion import Fusion, Unimodal
 from ..fusion.readout_attention import ReadoutFusion
 from ..io.class_registry import available_classes, get_class, instantiate
-from ..io.typed_values import shorten_repr
+from ..io.typed_values import matches_type, shorten_repr
 from ..models.fusion_model import FusionModel
 from ..models.self_contained import SelfContainedModel
 from ..reliability import Reliability
+from ..reliability.damaged_validation import check_calibration_corruptions
 from ..results.task_metrics import select_metrics
+from .left_out import check_left_out, is_corruption, without_left_out
 from .recipes import Recipe
 from .variant_factory import build_self_contained, variant_options
 
@@ -125,6 +127,7 @@ def build_model(
     if recipe.model:
         parts = {name: build_encoder(name, options, dataset) for name, options in recipe.encoders.items()}
         return build_self_contained(method.base, recipe, dataset, parts), []
+    check_left_out(recipe, dataset)
     # Checked before training rather than by the evaluation after the last epoch.
     select_metrics(recipe.metrics, dataset.task, "recipe: metrics")
     alone = method.base in recipe.encoders
@@ -169,12 +172,29 @@ def build_model(
 def wrap_reliability(model: FusionModel, method: Method, recipe: Recipe) -> Reliability:
     """Returns the wrapper of a method with ``+reliability``, before it is fitted.
 
-    Its options are those of the recipe under ``balancers: {reliability: ...}``: ``distance``, ``form`` and ``alpha``.
+    Its options are those of the recipe under ``balancers: {reliability: ...}``: ``distance``, ``form`` and
+    ``alpha``, and those of the calibration, ``corruptions`` and ``kinds``.
 
     Raises:
         ConfigError: unknown option or value.
     """
-    return instantiate(Reliability, f"method '{method.name}'", recipe.balancers.get(RELIABILITY, {}), model=model)
+    who = f"method '{method.name}'"
+    options = without_left_out(recipe.balancers.get(RELIABILITY, {}), recipe)
+    corruptions = options.pop("corruptions", None)
+    if not isinstance(corruptions, list | None):
+        raise ConfigError(who, expected="a list of corruptions for reliability", got=repr(corruptions))
+    check_calibration_corruptions(corruptions)
+    if not matches_type(options.pop("kinds", {}), dict[str, str]):
+        raise ConfigError(who, expected="kinds of reliability as modality -> kind", got=shorten_repr(recipe.balancers))
+    return instantiate(Reliability, who, options, model=model)
+
+
+def fit_reliability(model: FusionModel, method: Method, recipe: Recipe, train: Any, val: Any, seed: int) -> Reliability:
+    """Fits the wrapper of a method with ``+reliability`` on batches of training and validation data."""
+    options = without_left_out(recipe.balancers.get(RELIABILITY, {}), recipe)
+    return instantiate(
+        Reliability.fit, f"method '{method.name}'", options, model=model, train=train, val=val, seed=seed
+    )
 
 
 def needs_teachers(method: Method, recipe: Recipe) -> bool:
@@ -244,6 +264,8 @@ def _balancer(name: str, cls: type[Balancer], recipe: Recipe, arguments: Mapping
     """Builds a balancer with those of model, layer, fusion, epochs, teachers and samples that its class accepts."""
     options = dict(recipe.balancers.get(name, {}))
     options.pop("balancer", None)
+    if is_corruption(cls):
+        options = without_left_out(options, recipe)
     model = arguments["model"]
     who = f"method '{method.name}'"
     if len(model.names) < 2:

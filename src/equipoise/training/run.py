@@ -132,13 +132,10 @@ def _fit_reliability(
     model: FusionModel, method: method_factory.Method, recipe: Recipe, source: data.Dataset, seed: int
 ) -> Reliability:
     """Fits the reliability of the modalities on the training and validation splits, without augmentation."""
-    unfitted = method_factory.wrap_reliability(model, method, recipe)
     train, val = (
         data.loader(source, split, 256, seed=seed, train=False, rank=0, world=1) for split in ("train", "val")
     )
-    return Reliability.fit(
-        model, train, val, distance=unfitted.distance, form=unfitted.form, alpha=unfitted.alpha, seed=seed
-    )
+    return method_factory.fit_reliability(model, method, recipe, train, val, seed)
 
 
 def _teacher(

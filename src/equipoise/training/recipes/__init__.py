@@ -11,6 +11,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from ...data.corruptions import check_corruptions
 from ...errors import ConfigError, unknown_name
 from ...integrations.loggers import parse_loggers
 from ...io.atomic_files import check_path_component
@@ -133,6 +134,9 @@ class Recipe:
         metrics: names of ``equipoise.results.task_metrics.METRICS`` that are measured beside the score of the task, on
             clean test data and with each modality replaced by noise. The first one is the main metric of tables,
             verdicts and paired tests.
+        left_out: names of ``equipoise.diagnostics.corruptions`` that are tested but not trained with:
+            ``ModalityCorruption`` trains, and ``+reliability`` is calibrated, with the others of the catalog, and each
+            run measures ``<score>_corrupted/<modality>``, the mean over these corruptions and five severities.
         logger: names of the loggers of each run: ``csv``, ``tensorboard``, ``wandb``, ``trackio``; see
             ``docs/logging.md``. They do not change the results.
     """
@@ -151,6 +155,7 @@ class Recipe:
     reference: str | None = None
     references: dict[str, str] = field(default_factory=dict)
     metrics: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
     logger: list[str] = field(default_factory=list)
 
     @property
@@ -279,6 +284,7 @@ def recipe_from_dict(content: Any, who: str = "recipe") -> Recipe:
                 f"{who}: metrics", expected="metrics of a fusion", got=f"the model '{content['model']['name']}'",
                 fix="Leave out metrics: the model defines its own evaluation.",
             )  # fmt: skip
+    check_corruptions(checked.get("left_out", ()), f"{who}: left_out")
     for part in ("encoders", "fusions", "balancers", "variants"):
         for name in checked.get(part, ()):
             check_path_component(name, f"{who}, {part}", without="+,")
