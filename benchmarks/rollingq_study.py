@@ -4,15 +4,15 @@
     python benchmarks/rollingq_study.py run occupancy_detection --folds 1,2 --seeds 5 --out study
     python benchmarks/rollingq_study.py table study
 
-Joint attention of a packaged recipe is trained with its RollingQ, with a rotation by the same angle in a random direction,
-and without a rotation; each with the recipe's optimizer and with SGD (momentum 0.9, learning rate ``--sgd``). With
-``--turns 3`` the query is rotated up to three times.
+Joint attention of a packaged recipe is trained with its RollingQ, with a rotation by the same angle in a random
+direction, and without a rotation; each with the recipe's optimizer and with SGD (momentum 0.9, learning rate
+``--sgd``). With ``--turns 3`` the query is rotated up to three times.
 
 Accuracy and r (attention against replacement by noise; own: noise with the level of each sample) are compared with
-joint attention without a rotation, paired on seeds and folds, by a two-sided t-test. The attention imbalance (AIR) of the
-most attended modality is measured on one fixed validation batch before and after each optimizer step of the epoch that
-follows the first rotation. The effect of the rotation at step k is the difference from the run without it, which sees the
-same batches.
+joint attention without a rotation, paired on seeds and folds, by a two-sided t-test. The attention imbalance (AIR) of
+the most attended modality is measured on one fixed validation batch before and after each optimizer step of the epoch
+that follows the first rotation. The effect of the rotation at step k is the difference from the run without it, which
+sees the same batches.
 
 Finished runs are not repeated.
 """
