@@ -244,7 +244,7 @@ def test_plan_is_ordered_by_seed():
     assert len({job.folder(Path("x")) for job in plan}) == 8
 
 
-def test_one_kind_of_corruption_is_left_out(tmp_path):
+def test_one_kind_of_corruption_is_excluded(tmp_path):
     config = replace(recipe(epochs=1, balancers={"reliability": {"corruptions": ["blur", "zeros"]}}), left_out=["blur"])
     method = "concat+corruption+reliability"
     content = compare(config, [method], seeds=1, out=tmp_path, workers=0)
