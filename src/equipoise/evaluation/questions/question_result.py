@@ -114,7 +114,7 @@ class QuestionResult:
 
     @property
     def needing(self) -> list[int]:
-        """Indices of the questions answered correctly as given, but in less than half of the other conditions."""
+        """Indices of questions answered correctly as given, but in fewer than half of the conditions without media."""
         return self._indices(lambda given, rest: given >= 0.5 and rest < 0.5)
 
     @property
