@@ -1,5 +1,6 @@
 """What all tests share: threads, and a real browser."""
 
+import gc
 import os
 import shutil
 import subprocess
@@ -16,6 +17,13 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 # How long an example takes says how busy the machine is.
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")
+
+
+def pytest_collection_finish():
+    """Excludes the thousands of collected tests from garbage collection, which Lightning runs after each training."""
+    gc.collect()
+    gc.freeze()
+
 
 QUIET = (
     "--no-sandbox",

@@ -110,7 +110,7 @@ def test_compare_on_a_table(table_path, tmp_path):
         "--seeds",
         "1",
         "--workers",
-        "1",
+        "0",
         "--out",
         str(out),
         *FAST,

@@ -40,6 +40,7 @@ def modification_times(folder):
     return {str(path): path.stat().st_mtime_ns for path in folder.rglob("last.ckpt")}
 
 
+@pytest.mark.slow
 def test_compare_killed_three_times(uninterrupted_results, tmp_path):
     full, straight = uninterrupted_results
     config, out = write_recipe(tmp_path / "r.yaml"), tmp_path / "out"

@@ -15,7 +15,7 @@ from equipoise.training.own_data import own_data_recipe
 from helpers.processes import process_group
 from helpers.stream_data import TRAIN, VAL, write_data
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 WORLD, EPOCHS, BATCH = 2, 2, 16
 METRICS = ("val_accuracy", "val_f1_macro", "air")
 

@@ -78,11 +78,11 @@ class ARL(Balancer):
     poor proxy of variance for overconfident predictions. Adam cancels the factors, so that only the unimodal losses
     remain: use SGD, as the paper does.
 
-    Reference: Wei, Luo and Luo, "Improving Multimodal Learning via Imbalanced Learning" (ICCV 2025), ARL. Differs from
-    the released code in: whole optimizer steps over all processes, any number of modalities, where the use of the
-    others is averaged; multilabel targets, by the entropy of each label, and regressions; unimodal heads, if they train
-    the encoders, where the code evaluates the fusion with zeros in place of the others. The text of the paper was not
-    available beyond its introduction: the formulas are those of the code.
+    Reference: Wei, Luo and Luo, "Improving Multimodal Learning via Imbalanced Learning" (ICCV 2025), ARL.
+    Differs from the released code in: whole optimizer steps over all processes, any number of modalities, where the use
+    of the others is averaged; multilabel targets, by the entropy of each label, and regressions; unimodal heads, if
+    they train the encoders, where the code evaluates the fusion with zeros in place of the others. The text of the
+    paper was not available beyond its introduction: the formulas are those of the code.
 
     Example:
         >>> import equipoise as eq

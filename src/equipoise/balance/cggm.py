@@ -88,10 +88,11 @@ class CGGM(Balancer):
     part of the factors, and all of a constant one.
 
     Reference: Guo, Jin, Chen and Zhao, "Classifier-guided Gradient Modulation for Enhanced Multimodal Learning"
-    (NeurIPS 2024), CGGM. Differs from the released code in: cosines of gradients, as in the paper's description, where
-    the code compares the weights of the heads; terms clamped to [0, 1], where a negative total turns gradients around
-    in the code, and a small one makes them explode; linear heads in the same optimizer instead of transformers in their
-    own; whole optimizer steps over all processes. The text of the paper was not available beyond its introduction.
+    (NeurIPS 2024), CGGM.
+    Differs from the released code in: cosines of gradients, as in the paper's description, where the code compares the
+    weights of the heads; terms clamped to [0, 1], where a negative total turns gradients around in the code, and a
+    small one makes them explode; linear heads in the same optimizer instead of transformers in their own; whole
+    optimizer steps over all processes. The text of the paper was not available beyond its introduction.
 
     Example:
         >>> import equipoise as eq

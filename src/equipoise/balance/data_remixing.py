@@ -57,8 +57,9 @@ class DataRemixing(Balancer):
     wrong predictions count as easy. The fusion runs once more per modality, without gradient.
 
     Reference: Ma, Chen and Deng, "Improving Multimodal Learning Balance and Sufficiency through Data Remixing" (ICML
-    2025). Differs from the released code in: a batch contains samples of all modalities, where the code forms batches
-    of one modality; no encoder sees a sample of another modality in either case, but fusion and head get the sum of all
+    2025).
+    Differs from the released code in: a batch contains samples of all modalities, where the code forms batches of one
+    modality; no encoder sees a sample of another modality in either case, but fusion and head get the sum of all
     gradients; assignments by the current model in each batch instead of before each epoch; predictions of the fusion
     with one modality, where the code has unimodal heads; any number of modalities and tasks. The text of the paper was
     not available: the formulas are those of the code.

@@ -84,11 +84,11 @@ class InfoReg(Balancer):
     of all encoders are stored once more.
 
     Reference: Huang, Wei, Yang and Hu, "Adaptive Unimodal Regulation for Balanced Multimodal Information Acquisition"
-    (CVPR 2025), InfoReg. Differs from the released code in: mean scores in the gap, where tanh of the code's sum over a
-    batch is almost always 1; any leading modality with its own trace, where by a repeated condition the code only
-    restrains audio; traces of the loss alone, where the code includes the pull; the gradient of the accumulated step,
-    over all processes. The text of the paper was not available beyond its introduction: the formulas are those of the
-    code.
+    (CVPR 2025), InfoReg.
+    Differs from the released code in: mean scores in the gap, where tanh of the code's sum over a batch is almost
+    always 1; any leading modality with its own trace, where by a repeated condition the code only restrains audio;
+    traces of the loss alone, where the code includes the pull; the gradient of the accumulated step, over all
+    processes. The text of the paper was not available beyond its introduction: the formulas are those of the code.
 
     Example:
         >>> import equipoise as eq

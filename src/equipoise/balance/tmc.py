@@ -83,10 +83,11 @@ class TMC(Balancer):
     of modalities multiplies their evidence, so that redundant modalities make it overconfident. Evidence is learned
     from clean data, and nothing forces it to be small for damaged inputs. Nothing is learned across modalities.
 
-    Reference: Han, Zhang, Fu and Zhou, "Trusted Multi-View Classification" (ICLR 2021), TMC. Differs from the released
-    code in: any pooled encoders instead of an MLP per view; the closed form for all modalities instead of a loop over
-    pairs; missing modalities; multilabel targets, with evidence softplus(y) and softplus(-y) for and against each
-    label. The text of the paper was not available: the formulas are those of the code.
+    Reference: Han, Zhang, Fu and Zhou, "Trusted Multi-View Classification" (ICLR 2021), TMC.
+    Differs from the released code in: any pooled encoders instead of an MLP per view; the closed form for all
+    modalities instead of a loop over pairs; missing modalities; multilabel targets, with evidence softplus(y) and
+    softplus(-y) for and against each label. The text of the paper was not available: the formulas are those of the
+    code.
 
     Example:
         >>> import equipoise as eq

@@ -164,9 +164,10 @@ def decompose_information(
     count as redundant and synergistic: compare ``bounds``.
 
     Reference: Yang, Wang and Hu, "Efficient Quantification of Multimodal Interaction at Sample Level" (ICML 2025),
-    LSMI. Differs from the released code in: estimates on samples that the networks have not seen, frequencies of
-    classes instead of log C, whitened components of equal number, scikit-learn's Gaussian mixture instead of KNIFE,
-    which is trained by gradients; the shift of R, which in the code may leave negative values.
+    LSMI.
+    Differs from the released code in: estimates on samples that the networks have not seen, frequencies of classes
+    instead of log C, whitened components of equal number, scikit-learn's Gaussian mixture instead of KNIFE, which is
+    trained by gradients; the shift of R, which in the code may leave negative values.
 
     Example:
         >>> import torch
