@@ -2,6 +2,9 @@
 
     python benchmarks/reliability_table.py utd_mhad.json occupancy_estimation.json
 
+"Best single" is the modality that is most accurate alone, on clean inputs; "best intact" is, for each damage, the best
+of the modalities that it leaves intact, alone: the accuracy of a perfect detector of damage.
+
 p-values compare each method with the control (concat_aux+corruption without reliability) on the same test samples: the
 difference of the mean outcomes of each sample over seeds and damages, with the bootstrap of
 equipoise.results.significance. They are corrected by Holm's method over all methods and sets of the table."""
@@ -19,6 +22,10 @@ import numpy as np
 from equipoise.results.significance import bootstrap_p
 
 CONTROL = "concat_aux+corruption"
+METHODS = (
+    "concat", "concat+qmf", "concat_aux", CONTROL, "concat_aux+modality_dropout", "joint", "joint+rollingq",
+    "ensemble+corruption",
+)  # fmt: skip
 NOISE = ("white_noise", "own_noise", "partial", "additive")
 
 
@@ -55,6 +62,23 @@ def row(content: dict[str, Any], runs: list[dict[str, Any]], which: int) -> list
     return [100 * clean, mean(parts["seen"]), mean(parts["unseen"]), 100 * min(parts["unseen"]), mean(near)]
 
 
+def alone_rows(content: dict[str, Any]) -> list[tuple[str, int, list[str]]]:
+    """Rows of the best single modality, and of the best intact one averaged over damages."""
+    alone = {name: statistics.mean(values.values()) for name, values in content["alone"].items()}
+    damaged = next(iter(next(iter(content["runs"].values())).values()))["damaged"]
+    best = max(alone, key=alone.__getitem__)
+    parts: dict[bool, list[float]] = {True: [], False: []}
+    for key in damaged:
+        name, corruption, _ = key.split("/")
+        parts[corruption in NOISE].append(max(value for other, value in alone.items() if other != name))
+    cells = [f"{mean(parts[True]):.1f}", f"{mean(parts[False]):.1f}", f"{100 * min(parts[False]):.1f}"]
+    seeds = len(content["alone"][best])
+    return [
+        (f"best single: {best}", seeds, [f"{100 * alone[best]:.1f}", "", "", "", ""]),
+        ("best intact", seeds, ["", *cells, "100.0"]),
+    ]
+
+
 def samples(runs: list[dict[str, Any]], which: int) -> np.ndarray:
     return np.mean([run["samples"]["unseen"][which] for run in runs], axis=0)
 
@@ -67,7 +91,9 @@ def main() -> None:
     for content in tables:
         title = content["set"] + ("" if content["fold"] == "all" else f" {content['fold']}")
         control = content["runs"][CONTROL]
-        for method, by_seed in content["runs"].items():
+        for name, count, cells in alone_rows(content):
+            lines.append((title, name, count, cells, None, [], 0))
+        for method, by_seed in sorted(content["runs"].items(), key=lambda item: (*METHODS, item[0]).index(item[0])):
             seeds = sorted(set(by_seed) & set(control))
             runs, others = [by_seed[seed] for seed in seeds], [control[seed] for seed in seeds]
             reference = row(content, others, 0)
@@ -84,13 +110,10 @@ def main() -> None:
                     (title, method + suffix, len(seeds), values, None if same else len(tests) - 1, reference, better)
                 )
     corrected = holm(tests)
-    print(
-        "| set | method | seeds | clean | seen | unseen | worst unseen | near the best intact | unseen, difference | "
-        "aim |"
-    )
+    print("| set | method | seeds | clean | noise | unseen | worst unseen | near | unseen, difference | aim |")
     print("|---|---|---|---|---|---|---|---|---|---|")
     for title, method, seeds, values, test, reference, better in lines:
-        cells = [f"{value:.1f}" for value in values]
+        cells = [value if isinstance(value, str) else f"{value:.1f}" for value in values]
         difference = aim = ""
         if test is not None:
             clean, unseen = values[0] - reference[0], values[2] - reference[2]
