@@ -253,7 +253,7 @@ def test_one_kind_of_corruption_is_excluded(tmp_path):
     loaded = eq.load(tmp_path / "runs" / "all" / method / "seed0")
     found = eq.diagnostics.robustness(
         loaded, list(eq.data.loader(source, "test", 256, seed=0, train=False)), corruptions=["blur"],
-        statistics=source.noise,
+        severities=[1, 3, 5], statistics=source.noise,
     )  # fmt: skip
     for name in found.names:
         assert content["runs"][0]["metrics"][f"accuracy_corrupted/{name}"] == pytest.approx(found.mean(name))

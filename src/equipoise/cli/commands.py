@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 def demo_parser() -> Parser:
     parser = described(
-        "Trains five methods on the bundled digits; writes a table, results.json and report.html.",
+        "Trains seven methods on the bundled digits; writes a table, results.json and report.html.",
         "equipoise demo",
         "equipoise demo --quick                one seed, under two minutes",
         "equipoise demo --out runs/mine        run again with the same folder to resume",
@@ -333,11 +333,13 @@ def _draw(content: dict[str, Any], results: Path, path: Path) -> None:
     from ..report import ResultsView
     from ..report import report as draw
     from ..report.comparison_figures import summary_png
+    from ..report.damage_figure import damage_png
     from .console import out
 
     page = draw(content, path)
     is_next_to_results = page.parent.resolve() == results.parent.resolve()
-    image = summary_png(ResultsView(content)) if is_next_to_results else None
+    view = ResultsView(content)
+    image = (damage_png(view) or summary_png(view)) if is_next_to_results else None
     if image is not None:
         atomic_write(results.with_name("summary.png"), image)
     out.print(f"results: {results}", soft_wrap=True, highlight=False)

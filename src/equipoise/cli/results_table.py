@@ -32,8 +32,7 @@ def show(content: dict[str, Any], console: Console) -> None:
     columns = ({SEEDS: SEEDS} if len(counts) > 1 else {}) | {score: short}
     columns |= {metric: f"{metric.partition('/')[2]} = noise" for metric in replaced}
     corrupted = [metric for metric in dict.fromkeys(m for _, m in rows) if metric.startswith(f"{score}_corrupted/")]
-    kinds = " or ".join(content["protocol"].get("left_out") or ["corrupted"])
-    columns |= {metric: f"{metric.partition('/')[2]} = {kinds}" for metric in corrupted}
+    columns |= {metric: f"{metric.partition('/')[2]} = damaged" for metric in corrupted}
     further_metrics = [metric for metric in (content["protocol"].get("metrics") or ())[1:] if isinstance(metric, str)]
     columns |= {metric: metric_label(metric) for metric in further_metrics}
     # Self-contained models report several metrics.

@@ -12,7 +12,7 @@ from markupsafe import Markup
 from ..results.result_rows import atomic_write, load_results, validate_results
 from ..results.significance import SURE
 from ..results.task_metrics import METRICS
-from . import comparison_figures, comparison_text
+from . import comparison_figures, comparison_text, damage_figure
 from .effect_sizes import effect
 from .html_page import FigureBlock, flatten_settings, render_page
 from .results_view import ResultsView
@@ -147,6 +147,13 @@ def _sections(readings: ResultsView) -> list[PageSection]:
     chosen = chosen or readings.metrics[:1]
     dashed = " Dashed line: best unimodal baseline." if readings.single else ""
     return [
+        PageSection(
+            "Score under damage",
+            "Each panel damages one modality of the test samples. The dashed line is the best modality that is intact, "
+            "alone: a fusion that is worse would do better without the damaged modality. Dots are runs; lines and the "
+            "band are 95 % confidence intervals of the mean over runs.",
+            _figures(readings, damage_figure.damage, damage_figure.damage_text, [()]),
+        ),
         PageSection(
             "Scores by method",
             f"Each dot is one {readings.unit}; the bar is the mean and the line one standard deviation.{dashed}",

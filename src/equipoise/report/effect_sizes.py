@@ -108,8 +108,9 @@ def describe_effect(metric: str) -> str:
         ('accuracy with audio replaced by noise', 'attention–noise correlation r')
     """
     kind, _, name = metric.partition("/")
-    if name and kind.endswith("_noise"):
-        return f"{metric_label(kind.removesuffix('_noise'))} with {name} replaced by noise"
+    for condition, words in (("_noise", "replaced by noise"), ("_corrupted", "damaged")):
+        if name and kind.endswith(condition):
+            return f"{metric_label(kind.removesuffix(condition))} with {name} {words}"
     return (
         metric_label(metric)
         if metric != "noise_attention_r"
@@ -185,7 +186,11 @@ def largest(readings: ResultsView) -> Effect | None:
     Unimodal baselines are only included if there are no other methods.
     """
     score = readings.score
-    metrics = [m for m in readings.metrics if m in (score, "noise_attention_r") or m.startswith(f"{score}_noise/")]
+    metrics = [
+        m
+        for m in readings.metrics
+        if m in (score, "noise_attention_r") or m.startswith((f"{score}_noise/", f"{score}_corrupted/"))
+    ]
     methods = [m for m in readings.methods if m not in readings.single] or readings.methods
     effects = [
         one for method in methods for metric in metrics if (one := effect(readings, method, metric)) and one.sure

@@ -197,6 +197,7 @@ ALL_SCORES = (*SCORES, *(name for name in LABELS if name not in SCORES))
 ORDER = (
     *ALL_SCORES,
     *(f"{name}_noise" for name in ALL_SCORES),
+    *(f"{name}_corrupted" for name in ALL_SCORES),
     "noise_attention_r",
     "noise_attention_r_own",
     "share",

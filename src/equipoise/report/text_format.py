@@ -60,6 +60,8 @@ def method_title(metric: str) -> str:
     kind, _, modality = metric.partition("/")
     if modality and kind.endswith("_noise") and (score := kind.removesuffix("_noise")) in LABELS:
         return f"{method_title(score)}, {modality} replaced by noise"
+    if modality and kind.endswith("_corrupted") and (score := kind.removesuffix("_corrupted")) in LABELS:
+        return f"{method_title(score)}, {modality} damaged"
     if modality and kind == "share":
         return f"Attention share of {modality}"
     if modality and metric not in TITLES:

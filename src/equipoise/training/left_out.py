@@ -1,4 +1,4 @@
-"""Corruptions that a comparison leaves out of training and calibration, and tests: leave one kind out."""
+"""Corruptions that a comparison tests, and those of them that it leaves out of training and calibration."""
 
 from __future__ import annotations
 
@@ -18,6 +18,13 @@ from .recipes import Recipe
 
 WHO = "recipe: left_out"
 
+TEST_SEVERITIES = (1, 3, 5)
+
+
+def tested_corruptions(recipe: Recipe) -> list[str]:
+    """Returns the corruptions that the recipe tests, without duplicates."""
+    return list(dict.fromkeys([*recipe.test_corruptions, *recipe.left_out]))
+
 
 def without_left_out(options: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
     """Returns options of ``ModalityCorruption`` or ``Reliability.fit``, without the corruptions that are left out.
@@ -36,33 +43,36 @@ def without_left_out(options: Mapping[str, Any], recipe: Recipe) -> dict[str, An
     return {**options, "corruptions": remaining}
 
 
-def check_left_out(recipe: Recipe, source: data.Dataset) -> None:
+def check_tested(recipe: Recipe, source: data.Dataset) -> None:
     """Checks that each corruption fits a modality of the data set.
 
     Raises:
         ConfigError: an unknown corruption, or one that fits none.
     """
-    if not recipe.left_out:
+    if not tested_corruptions(recipe):
         return
     batch = source.batch("test", torch.tensor([0]), seed=0, epoch=0, train=False)
     kinds = [infer_kind(batch[name]) for name in source.names if isinstance(batch[name], torch.Tensor)]
     fitting = {name for kind in kinds for name in corruption_names(kind)}
-    check_corruptions(recipe.left_out, WHO)
-    for name in recipe.left_out:
+    check_corruptions(tested_corruptions(recipe), "recipe")
+    for name in tested_corruptions(recipe):
         if name not in fitting:
-            raise ConfigError(WHO, expected=f"corruptions that fit the data: {', '.join(sorted(fitting))}", got=name)
+            raise ConfigError(
+                "recipe", expected=f"corruptions that fit the data: {', '.join(sorted(fitting))}", got=name
+            )
 
 
-def left_out_scores(model: FusionModel, source: data.Dataset, recipe: Recipe) -> dict[str, float]:
-    """Returns ``<score>_corrupted/<modality>``: the mean test score with a modality damaged in the ways left out.
+def corrupted_scores(model: FusionModel, source: data.Dataset, recipe: Recipe) -> dict[str, float]:
+    """Returns ``<score>_corrupted/<modality>``: the mean test score with a modality damaged in the ways tested.
 
-    The mean is over all five severities. Modalities that no corruption fits are omitted.
+    The mean is over severities 1, 3 and 5. Modalities that no corruption fits are omitted.
     """
-    if not recipe.left_out:
+    if not tested_corruptions(recipe):
         return {}
+    statistics = {name: source.noise[name] for name in model.names}
     found = robustness(
         model, lambda: data.loader(source, "test", 256, seed=0, train=False, rank=0, world=1),
-        corruptions=recipe.left_out, statistics=source.noise,
+        corruptions=tested_corruptions(recipe), severities=TEST_SEVERITIES, statistics=statistics,
     )  # fmt: skip
     score = SCORES[model.task]
     return {

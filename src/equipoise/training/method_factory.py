@@ -22,7 +22,7 @@ from ..models.self_contained import SelfContainedModel
 from ..reliability import Reliability
 from ..reliability.damaged_validation import check_calibration_corruptions
 from ..results.task_metrics import select_metrics
-from .left_out import check_left_out, is_corruption, without_left_out
+from .left_out import check_tested, is_corruption, without_left_out
 from .recipes import Recipe
 from .variant_factory import build_self_contained, variant_options
 
@@ -127,7 +127,7 @@ def build_model(
     if recipe.model:
         parts = {name: build_encoder(name, options, dataset) for name, options in recipe.encoders.items()}
         return build_self_contained(method.base, recipe, dataset, parts), []
-    check_left_out(recipe, dataset)
+    check_tested(recipe, dataset)
     # Checked before training rather than by the evaluation after the last epoch.
     select_metrics(recipe.metrics, dataset.task, "recipe: metrics")
     alone = method.base in recipe.encoders

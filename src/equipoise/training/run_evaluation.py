@@ -23,7 +23,7 @@ from ..results.bootstrap import mean_of_resamples, percentile_interval, resample
 from ..results.bootstrap import settings as bootstrap_settings
 from ..results.significance import pack_resamples, pack_text, unpack_outcomes
 from ..results.task_metrics import Function, Metric, select_metrics
-from .left_out import left_out_scores
+from .left_out import corrupted_scores
 from .loss_module import SCORES, task_score
 from .recipes import Recipe
 
@@ -97,7 +97,7 @@ def evaluate_run(
         result["noise_modality"] = target
         result["keys"] = {"after": key_metrics(clean, noisy[target])}
         result["shares"] = {"clean": _histogram(response.clean), "noise": _histogram(response.noise)}
-    values |= left_out_scores(model, source, recipe)
+    values |= corrupted_scores(model, source, recipe)
     compute = cost(model, source.batch("test", torch.tensor([0]), seed=0, epoch=0, train=False))
     values["parameters"], values["flops"] = compute.parameters, compute.flops
     return result

@@ -43,8 +43,9 @@ class RunSpec:
         if not content["metrics"]:
             # Keep fingerprints compatible with runs made before `metrics` existed.
             content.pop("metrics")
-        if not content["left_out"]:
-            content.pop("left_out")
+        for name in ("test_corruptions", "left_out"):
+            if not content[name]:
+                content.pop(name)
         if not content["model"]:
             # Keep fingerprints compatible with runs made before `model` and `variants` existed.
             for name in ("model", "variants"):

@@ -134,9 +134,10 @@ class Recipe:
         metrics: names of ``equipoise.results.task_metrics.METRICS`` that are measured beside the score of the task, on
             clean test data and with each modality replaced by noise. The first one is the main metric of tables,
             verdicts and paired tests.
-        left_out: names of ``equipoise.diagnostics.corruptions`` that are tested but not trained with:
-            ``ModalityCorruption`` trains, and ``+reliability`` is calibrated, with the others of the catalog, and each
-            run measures ``<score>_corrupted/<modality>``, the mean over these corruptions and five severities.
+        test_corruptions: names of ``equipoise.diagnostics.corruptions`` that are tested: each run measures
+            ``<score>_corrupted/<modality>``, the mean over these corruptions of one modality at severities 1, 3 and 5.
+        left_out: the same, for corruptions that are not trained with: ``ModalityCorruption`` trains, and
+            ``+reliability`` is calibrated, with the others of the catalog.
         logger: names of the loggers of each run: ``csv``, ``tensorboard``, ``wandb``, ``trackio``; see
             ``docs/logging.md``. They do not change the results.
     """
@@ -155,6 +156,7 @@ class Recipe:
     reference: str | None = None
     references: dict[str, str] = field(default_factory=dict)
     metrics: list[str] = field(default_factory=list)
+    test_corruptions: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
     logger: list[str] = field(default_factory=list)
 
@@ -284,7 +286,8 @@ def recipe_from_dict(content: Any, who: str = "recipe") -> Recipe:
                 f"{who}: metrics", expected="metrics of a fusion", got=f"the model '{content['model']['name']}'",
                 fix="Leave out metrics: the model defines its own evaluation.",
             )  # fmt: skip
-    check_corruptions(checked.get("left_out", ()), f"{who}: left_out")
+    for part in ("test_corruptions", "left_out"):
+        check_corruptions(checked.get(part, ()), f"{who}: {part}")
     for part in ("encoders", "fusions", "balancers", "variants"):
         for name in checked.get(part, ()):
             check_path_component(name, f"{who}, {part}", without="+,")
