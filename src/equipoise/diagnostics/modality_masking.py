@@ -84,8 +84,7 @@ def mask_modality(
     )
     without = dict(zip(chosen, rest, strict=True))
     drop = {name: full - left for name, left in without.items()}
-    masked_outcomes = [
-        outcomes(part, predictions.target, model.task) for part in predictions.logits[:, 1:].unbind(dim=1)
-    ]  # type: ignore[arg-type]
+    task = str(model.task)
+    masked_outcomes = [outcomes(part, predictions.target, task) for part in predictions.logits[:, 1:].unbind(dim=1)]
     logits = dict(zip(chosen, predictions.logits[:, 1:].unbind(dim=1), strict=True))
     return Masking(semantics, full, without, drop, dict(zip(chosen, masked_outcomes, strict=True)), logits)

@@ -85,9 +85,8 @@ def quag(
     )
     scores = dict(zip(chosen, rest, strict=True))
     drops = {name: origin - score for name, score in scores.items()}
-    averaged_outcomes = [
-        outcomes(part, predictions.target, model.task) for part in predictions.logits[:, 1:].unbind(dim=1)
-    ]  # type: ignore[arg-type]
+    task = str(model.task)
+    averaged_outcomes = [outcomes(part, predictions.target, task) for part in predictions.logits[:, 1:].unbind(dim=1)]
     changed = {name: one.changed for name, one in zip(chosen, interventions, strict=True)}
     logits = dict(zip(chosen, predictions.logits[:, 1:].unbind(dim=1), strict=True))
     return Quag(origin, scores, drops, changed, dict(zip(chosen, averaged_outcomes, strict=True)), logits)

@@ -193,7 +193,7 @@ def _open(path: Path, source: str | Path, who: str) -> Any:
             return datasets.load_from_disk(str(path))
         builder = datasets.load_dataset_builder(str(source))
         if hasattr(builder.config, "fragment_scan_options"):
-            builder.config.fragment_scan_options = _parquet_options()
+            builder.config.fragment_scan_options = _parquet_options()  # type: ignore[attr-defined]
         return builder.as_streaming_dataset()
     except DataError:
         raise
