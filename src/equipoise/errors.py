@@ -85,6 +85,7 @@ EXTRAS = {
     "hf": ("transformers", "accelerate", "huggingface_hub"),
     "lora": ("peft",),
     "cluster": ("submitit",),
+    "search": ("optuna",),
 }
 """Extra -> names of the modules that it provides, as they are imported."""
 

@@ -13,6 +13,7 @@ from textwrap import fill
 from typing import Any
 
 from ..io.typed_values import shorten_repr
+from ..training.recipes.recipe_changes import Change
 from . import recipe_overrides
 
 
@@ -57,7 +58,7 @@ class Parser(ArgumentParser):
             if word.startswith("--") and word.endswith("=--"):
                 # argparse would strip the two hyphens and return an empty list.
                 self.error(f"argument {word.removesuffix('=--')}: expected one argument")
-        changes: list[recipe_overrides.Change] = []
+        changes: list[Change] = []
         if self.reads_recipe:
             words, changes = recipe_overrides.split_recipe_options(words, self.error)
         options, rest = super().parse_known_args(words, namespace)

@@ -14,8 +14,11 @@ from ..io.atomic_files import atomic_write, check_file, check_folder, check_path
 from ..results import result_rows
 from ..training import recipes
 from ..training.recipes import Recipe
+from ..training.recipes.recipe_changes import parse_value
 from . import recipe_overrides
+from .bench_command import bench, bench_parser
 from .command_line import Command, Parser, described, fail, path, whole
+from .compare_search import add_search_options, search_options
 from .data_command import data_parser, manage_data
 from .data_options import add_data_options, chosen_recipe
 from .diagnose_command import diagnose, diagnose_parser
@@ -53,6 +56,7 @@ def compare_parser() -> Parser:
         "equipoise compare --config mine.yaml --train.epochs 3 --data.audio_noise 1.5",
         "equipoise compare --data people.csv --target label --group speaker --methods concat,joint --seeds 5",
         "equipoise compare --config cremad --executor slurm --slurm timeout_min=240 --slurm slurm_partition=gpu",
+        "equipoise compare --config digits --methods joint --search train.learning_rate=1e-4..1e-2:log --trials 30",
     )
     add_data_options(parser)
     parser.add_argument("--methods", default=None, help="comma-separated; by default those of the recipe")
@@ -81,6 +85,7 @@ def compare_parser() -> Parser:
         "--slurm", action="append", default=[], metavar="OPTION=VALUE",
         help="option of submitit's AutoExecutor, such as timeout_min=240, mem_gb=16, slurm_partition=gpu; repeatable",
     )  # fmt: skip
+    add_search_options(parser)
     return _with_recipe(parser)
 
 
@@ -95,6 +100,11 @@ def compare(options: Namespace) -> int:
     names = recipe.methods if options.methods is None else _split(options.methods, "--methods")
     folds = recipe.folds if options.folds is None else _split(options.folds, "--folds")
     seeds = recipe.seeds if options.seeds is None else options.seeds
+    if options.search:
+        folds = recipe.folds[:1] if options.folds is None else folds
+        return _search(recipe, names, folds, options, title=title)
+    if options.trials is not None:
+        raise ConfigError("compare", expected="--trials only with --search", got=f"--trials {options.trials}")
     return _compare(
         recipe, names, seeds, folds, options, title=title, accelerator=options.accelerator, executor=options.executor,
         slurm_options=_slurm_options(options.slurm),
@@ -107,7 +117,7 @@ def _slurm_options(texts: Sequence[str]) -> dict[str, Any]:
         name, sign, value = text.partition("=")
         if not sign or not name:
             raise ConfigError("--slurm", expected="OPTION=VALUE", got=f"'{text}'")
-        options[name] = recipe_overrides.parse_value(value, f"--slurm {name}")
+        options[name] = parse_value(value, f"--slurm {name}")
     return options
 
 
@@ -266,6 +276,7 @@ COMMANDS = {
     "demo": Command("bundled data, a few minutes -> table and report.html", demo_parser, demo),
     "compare": Command("methods x seeds x folds, with paired statistics", compare_parser, compare),
     "train": Command("one method, with checkpoints and --resume", train_parser, train),
+    "bench": Command("what a run would cost: parameters, FLOPs, memory, time", bench_parser, bench),
     "diagnose": Command("trained runs -> verdicts, diagnosis.json and report.html", diagnose_parser, diagnose),
     "look": Command("a Hugging Face model and an image -> attention, look.json, report.html", look_parser, look),
     "evaluate": Command(
@@ -326,6 +337,18 @@ def _compare(
         error = str(failure["error"]).strip().splitlines()[-1]
         fail(f"{failure['method']}, seed {failure['seed']} failed. {error}")
     return 1 if content["failures"] else 0
+
+
+def _search(recipe: Recipe, names: Sequence[str], folds: Sequence[str], options: Namespace, *, title: str) -> int:
+    # The report is imported before training, so that a missing package is reported at once.
+    from ..report import comparison_figures, comparison_page  # noqa: F401
+    from .console import out
+    from .results_table import show
+
+    content = search_options(recipe, names, folds, options, title=title)
+    show(content, out)
+    _draw(content, options.out / "results.json", options.out / "report.html")
+    return 0
 
 
 def _draw(content: dict[str, Any], results: Path, path: Path) -> None:

@@ -13,6 +13,7 @@ from ..integrations.loggers import check_loggers, parse_loggers
 from ..io.atomic_files import check_path_component
 from ..io.typed_values import shorten_repr
 from ..training.recipes import Recipe
+from ..training.recipes.recipe_changes import Change, apply_changes
 from . import recipe_overrides
 from .command_line import Parser
 
@@ -97,7 +98,7 @@ def _read_recipe(options: Namespace) -> tuple[Recipe, str]:
         recipe, lines, title = _derived(options, given)
         changes = [one for one in options.changes if not any(_is_read(one, part) for part in READ)]
     _print(lines)
-    return recipe_overrides.apply(recipe, changes, f"recipe of '{title}'"), title
+    return apply_changes(recipe, changes, f"recipe of '{title}'"), title
 
 
 def _derived(options: Namespace, data_options: dict[str, Any]) -> tuple[Recipe, list[str], str]:
@@ -139,11 +140,11 @@ ENCODERS, READERS = READ = (("encoders",), ("data", "modalities"))
 """Parts of a recipe with entry -> option -> value that decide how a table is read."""
 
 
-def _is_read(change: recipe_overrides.Change, part: tuple[str, ...]) -> bool:
+def _is_read(change: Change, part: tuple[str, ...]) -> bool:
     return change.where[: len(part)] == part and len(change.where) == len(part) + 2
 
 
-def _options_of(changes: Sequence[recipe_overrides.Change], part: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+def _options_of(changes: Sequence[Change], part: tuple[str, ...]) -> dict[str, dict[str, Any]]:
     """Returns entry -> option -> value of the changes in a part of the recipe."""
     result: dict[str, dict[str, Any]] = {}
     for change in changes:

@@ -1,4 +1,4 @@
-"""The program ``equipoise``: demo, compare, train, diagnose, look, evaluate, search, report, data, recipes."""
+"""The program ``equipoise``: demo, compare, train, bench, diagnose, look, evaluate, search, report, data, recipes."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ EPILOG = """examples:
   equipoise demo                                    bundled data, minutes on two cores -> table and report.html
   equipoise compare --config digits --methods concat,joint,joint+rollingq --seeds 5
   equipoise train --config digits --method joint+rollingq --out runs/mine
+  equipoise bench --config digits --method joint    what would it cost? -> FLOPs, memory, time
   equipoise diagnose runs/mine                      does it use all modalities? -> verdicts and a page
   equipoise look MODEL --image cat.png --text "What is on the mat?"    attention of a vision-language model
   equipoise search --model runs/emoji "red heart"   image search by text, in a model of train --config emoji_clip

@@ -4,21 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from ..errors import ConfigError
 from ..training import recipes
 from ..training.recipes import Recipe
+from ..training.recipes.recipe_changes import Change, apply_changes, parse_value
 
 PARTS = tuple(name for name in Recipe.__dataclass_fields__ if name not in ("methods", "seeds", "folds", "logger"))
 OPTION = re.compile(rf"--((?:{'|'.join(PARTS)})(?:\.[^.=]+)*)(?:=(.*))?", re.DOTALL)
-NAMED = ("encoders", "fusions", "balancers", "variants")
-"""Parts whose entries have names of their own, each with its options."""
-
-DEEPEST = 10
-
 HELP = """options of the recipe, which replace its values:
   --data.OPTION VALUE            of the data set; --data.name is its name
   --encoders.MODALITY.OPTION     of one encoder; also --fusions.NAME., --balancers.NAME., --variants.NAME.
@@ -27,13 +21,6 @@ HELP = """options of the recipe, which replace its values:
   --model.OPTION VALUE           of a self-contained model
   --noise_modality NAME, --reference METHOD
 VALUE is written as in a recipe: 0.3, true, null, a string, [1, 2], '{dim: 32, depth: 1}'"""
-
-
-class Change(NamedTuple):
-    """An option: its path in the recipe, and its value."""
-
-    where: tuple[str, ...]
-    value: Any
 
 
 def split_recipe_options(words: Sequence[str], error: Callable[[str], Any]) -> tuple[list[str], list[Change]]:
@@ -54,19 +41,6 @@ def split_recipe_options(words: Sequence[str], error: Callable[[str], Any]) -> t
     return rest, changes
 
 
-def parse_value(text: str, who: str) -> Any:
-    """Parses a value as in a recipe; unlike in YAML, 1e-3 is a number.
-
-    Raises:
-        ConfigError: not YAML, or not a valid value of a recipe.
-    """
-    from ..training.recipes.recipe_parsing import parse
-
-    if not text or recipes.is_float(text):
-        return float(text) if text else ""
-    return parse(text, who)
-
-
 def load_with_changes(name: str, changes: Sequence[Change]) -> Recipe:
     """Loads a recipe and applies changes of its options.
 
@@ -74,33 +48,4 @@ def load_with_changes(name: str, changes: Sequence[Change]) -> Recipe:
         ConfigError: unknown recipe or option, or a value of the wrong type.
     """
     who = f"recipe {Path(name).name if Path(name).suffix else name}"
-    return apply(recipes.load_recipe(name), changes, who)
-
-
-def apply(base: Recipe, changes: Sequence[Change], who: str) -> Recipe:
-    """Applies changes to a recipe; error messages start with ``who``.
-
-    Raises:
-        ConfigError: unknown option, or a value of the wrong type.
-    """
-    content = asdict(base)
-    for where, changed in changes:
-        if len(where) > DEEPEST:
-            raise ConfigError("command line", expected=f"at most {DEEPEST} names in an option", got=str(len(where)))
-        *path, last = where
-        parent = content
-        for part in path:
-            if not isinstance(parent.get(part), dict):
-                parent[part] = {}
-            parent = parent[part]
-        keeps = where[0] == "train" or (where[0] in NAMED and len(where) == 2)
-        if keeps and isinstance(changed, dict) and isinstance(parent.get(last), dict):
-            changed = {**parent[last], **changed}
-        elif where[0] in NAMED and len(where) == 1 and isinstance(changed, dict):
-            former = parent[last]
-            changed = {
-                key: {**former.get(key, {}), **part} if isinstance(part, dict) else part
-                for key, part in changed.items()
-            }
-        parent[last] = changed
-    return recipes.recipe_from_dict(content, who)
+    return apply_changes(recipes.load_recipe(name), changes, who)

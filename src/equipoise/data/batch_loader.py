@@ -43,6 +43,7 @@ def loader(
     steps_per_batch: int = 1,
     group: int = 1,
     workers: int = 0,
+    limit: int | None = None,
 ) -> DataLoader:
     """Returns a DataLoader over the batches of a split.
 
@@ -61,6 +62,7 @@ def loader(
         steps_per_batch, group: how often each batch is served, and how many form an optimizer step; see
             ``ResumableBatchSampler``.
         workers: processes that read batches in advance; batches are the same for any number.
+        limit: read at most so many batches of each epoch; None for all.
 
     Returns:
         DataLoader of dicts {name: (batch, ...), "target": (batch,), "index": (batch,)}. Its length is in batches.

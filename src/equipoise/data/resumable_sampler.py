@@ -40,6 +40,7 @@ class ResumableBatchSampler(DistributedSampler):
         ordered: yield positions in the order of the epoch, for data sets that shuffle by themselves.
         group: batches per optimizer step; a whole group is repeated, not each of its batches. With repetitions, an
             incomplete last group is dropped: otherwise two repetitions would share one optimizer step.
+        limit: yield at most so many batches of each epoch; None for all.
 
     Raises:
         ConfigError: a batch size below 1, or one that does not divide among the processes; with repetitions, fewer
@@ -53,7 +54,7 @@ class ResumableBatchSampler(DistributedSampler):
     def __init__(
         self, size: int, batch_size: int, *, seed: int, shuffle: bool, drop_last: bool = False,
         rank: int | None = None, world: int | None = None, steps_per_batch: int = 1, group: int = 1,
-        weights: Tensor | None = None, ordered: bool = False,
+        weights: Tensor | None = None, ordered: bool = False, limit: int | None = None,
     ) -> None:  # fmt: skip
         if batch_size < 1:
             raise ConfigError("ResumableBatchSampler", expected="batch_size >= 1", got=f"{batch_size}")
@@ -61,7 +62,7 @@ class ResumableBatchSampler(DistributedSampler):
         self.shuffle, self.drop_last = shuffle, drop_last
         self._rank, self._world = rank, world
         self.steps_per_batch, self.group, self.weights = steps_per_batch, group, weights
-        self.ordered = ordered
+        self.ordered, self.limit = ordered, limit
         self.epoch = 0
         self._resume: tuple[int, int] | None = None
 
@@ -81,7 +82,7 @@ class ResumableBatchSampler(DistributedSampler):
 
     def __iter__(self) -> Iterator[tuple[int, Int[Tensor, " batch"]]]:
         skipped = self._resume[1] if self._resume is not None and self._resume[0] == self.epoch else 0
-        yield from itertools.islice(self._all(), skipped, None)
+        yield from itertools.islice(self._all(), skipped, self.limit)
 
     def _all(self) -> Iterator[tuple[int, Int[Tensor, " batch"]]]:
         rank, world = self.rank_and_world()
@@ -102,7 +103,8 @@ class ResumableBatchSampler(DistributedSampler):
                 yield self.epoch, part[rank::world]
 
     def __len__(self) -> int:
-        return len(self._bounds(self.rank_and_world()[1])) * self.steps_per_batch
+        count = len(self._bounds(self.rank_and_world()[1])) * self.steps_per_batch
+        return count if self.limit is None else min(count, self.limit)
 
     def _bounds(self, world: int) -> list[tuple[int, int]]:
         fix = "batch_size counts the global batch: choose a multiple of the number of processes."

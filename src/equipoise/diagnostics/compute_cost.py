@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, ShapeError
 from ..nn.eval_mode import eval_mode_no_grad
+from .flop_count import FlopCount
 
 Convention = Literal["full", "thop"]
 TABLE_BATCH = 64
 """Batch size of the GFLOPs in published tables."""
 NORMS = (nn.LayerNorm, nn.modules.batchnorm._NormBase)
-# Fused kernels that the counter of some torch versions does not count.
-UNCOUNTED = ("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_attention_math_for_mps")
 
 
 @dataclass(frozen=True)
@@ -81,6 +78,7 @@ def cost(model: nn.Module, batch: Any, *, convention: Convention = "full", batch
     Differs from the paper in: attention and all parameters are counted by default.
 
     Example:
+        >>> import torch
         >>> result = cost(nn.Linear(3, 5), torch.zeros(2, 7, 3))
         >>> result.parameters, result.macs
         (20, 105.0)
@@ -95,42 +93,9 @@ def cost(model: nn.Module, batch: Any, *, convention: Convention = "full", batch
 
 
 def _full(model: nn.Module, batch: Any, samples: int) -> tuple[int, int]:
-    from torch.utils.flop_counter import FlopCounterMode
-
-    # The fast path of nn.MultiheadAttention and the encoder layers is a single kernel that is not counted.
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    kernels = [getattr(torch.ops.aten, name) for name in UNCOUNTED if hasattr(torch.ops.aten, name)]
-    counter = FlopCounterMode(display=False, custom_mapping=dict.fromkeys(kernels, _attention_flops))
-    try:
-        with _frozen_parameters(model), counter:
-            model(batch)
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-    return sum(p.numel() for p in model.parameters()), counter.get_total_flops()
-
-
-@contextmanager
-def _frozen_parameters(model: nn.Module) -> Iterator[None]:
-    """Temporarily sets requires_grad=False on all parameters, with gradients enabled.
-
-    The counter accesses the grad_fn of the inputs of every module. A view created under no_grad has none, so gradients
-    are enabled; without trainable parameters no graph is recorded.
-    """
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    try:
-        for parameter in trained:
-            parameter.requires_grad_(False)
-        with torch.enable_grad():
-            yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
-
-
-def _attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[int], *args: Any, **kwargs: Any) -> int:
-    """FLOPs of Q K^T and A V, ignoring masks, as torch counts its other attention kernels."""
-    return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+    with FlopCount() as counter:
+        model(batch)
+    return sum(p.numel() for p in model.parameters()), counter.flops
 
 
 def _thop(model: nn.Module, batch: Any, samples: int) -> tuple[int, int]:

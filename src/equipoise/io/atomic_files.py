@@ -27,9 +27,9 @@ LONGEST = 200
 """Maximum number of characters of a folder name."""
 
 OWN = frozenset({
-    ".lock", "checkpoints", "diagnosis", "diagnosis.json", "gallery.html", "journal.jsonl", "logs", "look.json",
+    ".lock", "best", "checkpoints", "diagnosis", "diagnosis.json", "gallery.html", "journal.jsonl", "logs", "look.json",
     "model.safetensors", "questions.csv", "questions.html", "questions.json", "recipe.yaml", "report.html",
-    "results.csv", "results.json", "run.json", "runs", "search.safetensors", "summary.png", "teachers",
+    "results.csv", "results.json", "run.json", "runs", "search", "search.safetensors", "summary.png", "teachers",
 })  # fmt: skip
 """Files and folders that this package writes at the top level of an output folder."""
 

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from .loss_module import BalancedTraining as BalancedTraining
     from .loss_module import SelfContainedTraining as SelfContainedTraining
     from .run import execute_run as execute_run
+    from .run_cost import RunCost as RunCost
+    from .run_cost import predict_cost as predict_cost
     from .run_loading import load as load
     from .run_spec import RunSpec as RunSpec
 
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 _LAZY_NAMES = {
     "compare": ".comparison", "BalancedTraining": ".loss_module", "SelfContainedTraining": ".loss_module",
     "execute_run": ".run", "load": ".run_loading", "RunSpec": ".run_spec",
+    "RunCost": ".run_cost", "predict_cost": ".run_cost",
 }  # fmt: skip
 
 

@@ -121,9 +121,9 @@ def compare(
     if slurm_options and executor != "slurm":
         raise ConfigError("compare", expected="options of Slurm only with executor slurm", got=f"executor {executor}")
     check_folder(out, "compare")
-    _check(plan, accelerator)
-    with _exclusive_folder(out):
-        protocol = _protocol(recipe, plan, title)
+    check_runs(plan, accelerator)
+    with exclusive_folder(out):
+        protocol = run_protocol(recipe, plan, title)
         stored = [(job, is_finished(job, job.folder(out))) for job in plan]
         runs = [run for _, run in stored if run is not None]
         todo = [job for job, run in stored if run is None]
@@ -159,8 +159,11 @@ def compare(
         return write()
 
 
-def _check(plan: Sequence[RunSpec], accelerator: str) -> None:
-    """Loads the data and builds every model once, so that a wrong option raises before hours of training."""
+def check_runs(plan: Sequence[RunSpec], accelerator: str) -> None:
+    """Loads the data and builds every model once, so that a wrong option raises before hours of training.
+
+    The runs have one recipe.
+    """
     check_loggers(plan[0].recipe.logger)
     check_trainer({**device(accelerator, 0), "precision": plan[0].recipe.train.precision})
     with torch.random.fork_rng(devices=[]):
@@ -171,7 +174,8 @@ def _check(plan: Sequence[RunSpec], accelerator: str) -> None:
             )
 
 
-def _protocol(recipe: Recipe, plan: Sequence[RunSpec], title: str) -> dict[str, Any]:
+def run_protocol(recipe: Recipe, plan: Sequence[RunSpec], title: str) -> dict[str, Any]:
+    """Returns the protocol of ``results.json``."""
     fused = {
         "fusions": recipe.fusions, "balancers": recipe.balancers,
         "noise_modality": recipe.noise_modality or "the one attended most on validation data",
@@ -193,7 +197,7 @@ def _protocol(recipe: Recipe, plan: Sequence[RunSpec], title: str) -> dict[str, 
 
 
 @contextlib.contextmanager
-def _exclusive_folder(out: Path) -> Iterator[None]:
+def exclusive_folder(out: Path) -> Iterator[None]:
     """Context manager: locks the folder against other comparisons; the lock ends with the process."""
     make_folder(out, "compare")
     error = ConfigError(

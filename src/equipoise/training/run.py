@@ -41,7 +41,7 @@ from .checkpoint import AtomicCheckpointIO, check_state, load_weights, next_batc
 from .history import HistoryCallback, Progress, RunHistory
 from .loss_module import BalancedTraining, SelfContainedTraining
 from .recipes import Recipe
-from .run_evaluation import evaluate_run
+from .run_evaluation import BATCH, evaluate_run
 from .run_folder import write_run
 from .run_spec import RunSpec, is_finished
 
@@ -59,6 +59,7 @@ ADVICE = (
 def execute_run(
     job: RunSpec, folder: Path, *, progress: Progress | None = None, trainer_options: Mapping[str, Any] | None = None,
     dataset: data.Dataset | None = None,
+    evaluate: bool = True,
 ) -> RunResult | None:  # fmt: skip
     """Trains and evaluates a run; loads a finished one, resumes an interrupted one after its last complete epoch.
 
@@ -72,9 +73,10 @@ def execute_run(
         trainer_options: arguments of ``lightning.pytorch.Trainer``, such as ``devices``; callbacks are added.
         dataset: data to use in place of the recipe's, such as a ``TensorDataset``; ``data.name`` of the recipe is then
             any name, and ``load`` needs the data set as well.
+        evaluate: False only trains: the test split is not read. A later call evaluates the run.
 
     Returns:
-        Run, as in ``results.json``; None in all processes but rank 0.
+        Run, as in ``results.json``; None in all processes but rank 0, and without evaluation.
 
     Raises:
         ConfigError: unknown method or option. DataError: data or checkpoint cannot be read.
@@ -99,8 +101,10 @@ def execute_run(
     make_folder(folder, "train")
     rank_zero_only(atomic_write)(folder / "recipe.yaml", recipes.dump_recipe(job.recipe))
     with quiet_lightning(), _loggers(job, recipe, folder, options) as loggers:
-        trainer = _fit(model, balancers, job, recipe, source, folder, journal, {"logger": loggers or False, **options})
-        if not trainer.is_global_zero:
+        trainer = fit_model(
+            model, balancers, job, recipe, source, folder, journal, {"logger": loggers or False, **options}
+        )
+        if not evaluate or not trainer.is_global_zero:
             return None
         trained: Any = model.cpu()
         if method.reliable:
@@ -133,7 +137,7 @@ def _fit_reliability(
 ) -> Reliability:
     """Fits the reliability of the modalities on the training and validation splits, without augmentation."""
     train, val = (
-        data.loader(source, split, 256, seed=seed, train=False, rank=0, world=1) for split in ("train", "val")
+        data.loader(source, split, BATCH, seed=seed, train=False, rank=0, world=1) for split in ("train", "val")
     )
     return method_factory.fit_reliability(model, method, recipe, train, val, seed)
 
@@ -182,7 +186,7 @@ def load_run_dataset(recipe: Recipe, fold: str | None) -> data.Dataset:
     return _load_dataset_cached(json.dumps(to_jsonable(options, "recipe: data")))
 
 
-def _fit(
+def fit_model(
     model: FusionModel | SelfContainedModel,
     balancers: list[Balancer],
     job: RunSpec,
@@ -191,7 +195,21 @@ def _fit(
     folder: Path,
     journal: HistoryCallback,
     trainer_options: dict[str, Any],
+    *,
+    limits: Mapping[str, int] | None = None,
 ) -> pl.Trainer:
+    """Trains a model as ``execute_run`` does, and returns the Trainer.
+
+    Args:
+        model, balancers: as ``build_model`` returns them.
+        job, recipe: run, and its recipe with the options of the variant.
+        source: data set.
+        folder: folder of the run, for checkpoints.
+        journal: history of the run.
+        trainer_options: arguments of ``lightning.pytorch.Trainer``.
+        limits: split -> number of batches of an epoch to use, for "train" and "val"; all by default.
+    """
+    limits = limits or {}
     options = recipe.train
     training = (
         SelfContainedTraining(model, options, seed=job.seed)
@@ -202,8 +220,9 @@ def _fit(
     train = data.loader(
         source, "train", options.batch_size, seed=job.seed, train=True,
         steps_per_batch=balancing.steps_per_batch, group=options.accumulate, workers=options.workers,
+        limit=limits.get("train"),
     )  # fmt: skip
-    val = data.loader(source, "val", 256, seed=job.seed, train=False)
+    val = data.loader(source, "val", BATCH, seed=job.seed, train=False, limit=limits.get("val"))
     balance = BalancerCallback(balancing, before_end=journal.look)
     checkpointing = ModelCheckpoint(
         dirpath=folder / "checkpoints", filename="last", save_top_k=1, every_n_epochs=1, monitor=None,
