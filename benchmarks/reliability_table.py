@@ -64,8 +64,10 @@ def row(content: dict[str, Any], runs: list[dict[str, Any]], which: int) -> list
 
 def alone_rows(content: dict[str, Any]) -> list[tuple[str, int, list[str]]]:
     """Rows of the best single modality, and of the best intact one averaged over damages."""
-    alone = {name: statistics.mean(values.values()) for name, values in content["alone"].items()}
     damaged = next(iter(next(iter(content["runs"].values())).values()))["damaged"]
+    names = {key.split("/")[0] for key in damaged}
+    # Fusions without balancers are listed there as well.
+    alone = {name: statistics.mean(values.values()) for name, values in content["alone"].items() if name in names}
     best = max(alone, key=alone.__getitem__)
     parts: dict[bool, list[float]] = {True: [], False: []}
     for key in damaged:
@@ -129,7 +131,8 @@ def main() -> None:
                 if not fine
             ]
             aim = ", ".join(fails) or "met"
-        print(f"| {title} | {method} | {seeds} | {' | '.join(cells)} | {difference} | {aim} |")
+        line = f"| {title} | {method} | {seeds} | {' | '.join(cells)} | {difference} | {aim} |"
+        print(line.replace(" -", " −"))
 
 
 if __name__ == "__main__":
