@@ -18,7 +18,7 @@ PAGES = [ROOT / "README.md", *(page for page in sorted(DOCS.rglob("*.md")) if "_
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 QUICKSTARTS = (DOCS / "start" / "quickstarts.md").read_text(encoding="utf-8")
 # Pages that the tests of their part of the package run, with inputs of their own.
-RUN_ELSEWHERE = ("diagnostics/", "methods/", "diagnose.md", "evaluate.md", "hugging_face.md", "look.md")
+RUN_ELSEWHERE = ("diagnostics/", "methods/", "diagnose.md", "evaluate.md", "hugging_face.md", "look.md", "whisper.md")
 
 
 def code_blocks(page: Path) -> list[str]:

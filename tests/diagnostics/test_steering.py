@@ -171,15 +171,16 @@ def test_explicit_attention_matrix_is_reweighted():
     )
 
 
-def test_gradients_flow():
+@pytest.mark.parametrize("rows", [1, 40])
+def test_gradients_flow(rows):
     call, _ = build_case("causal", dtype=torch.float64)
     for tensor in (call.query, call.key, call.value):
         tensor.requires_grad_()
-    beta = torch.tensor([2.0, -1.0]).expand(2, 4, 40, 2).double()
+    beta = torch.tensor([2.0, -1.0]).expand(2, 4, rows, 2).double()
     ours = torch.autograd.grad(attention_output(add_offsets(call, KeyOffsets(label_groups(), beta))).square().sum(),
                                (call.query, call.key, call.value))  # fmt: skip
     key, value = (t.repeat_interleave(2, 1) for t in (call.key, call.value))
-    scores = call.query @ key.transpose(-1, -2) * 8**-0.5 + expected_offsets(LABELS, beta)
+    scores = call.query @ key.transpose(-1, -2) * 8**-0.5 + expected_offsets(LABELS, beta.expand(2, 4, 40, 2))
     output = scores.masked_fill(~torch.ones(40, 40, dtype=torch.bool).tril(), -math.inf).softmax(-1) @ value
     theirs = torch.autograd.grad(output.square().sum(), (call.query, call.key, call.value))
     for got, expected in zip(ours, theirs, strict=True):
@@ -365,6 +366,29 @@ def test_cross_attention_with_labels(monkeypatch):
         expected = other.eval()(**inputs).logits
     torch.testing.assert_close(logits, expected, **CLOSE)
     assert not torch.allclose(logits, plain, atol=1e-4)
+
+
+def test_encoder_outputs_are_labeled_like_inputs():
+    model, inputs = family("whisper")
+    known = {"modality": torch.tensor([0, 0, 0, 1, 1, 1, 0, 1]), "names": ("speech", "noise")}
+    cross = "model.decoder.layers.*.encoder_attn"
+    results = []
+    with torch.no_grad():
+        encoded = model.model.encoder(inputs["input_features"])
+        for given in (inputs, {"encoder_outputs": encoded, "decoder_input_ids": inputs["decoder_input_ids"]}):
+            with eq.steer(model, **known, layers=cross, noise=-2.0):
+                steered = model(**given).logits
+            with eq.diagnostics.without_modality(model, "audio"):
+                hidden = model(**given).logits
+            with eq.watch(model, **known, layers=cross) as record:
+                model(**given)
+            with eq.watch(model) as plain:
+                model(**given)
+            shares = [record.share(layer) for layer in record.layers] + [plain.share(layer) for layer in plain.layers]
+            results.append([steered, hidden, *shares])
+    assert len(results[0]) == 8
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
 def test_keys_of_a_single_modality_raise():

@@ -8,6 +8,8 @@ from .compute_cost import Cost as Cost
 from .compute_cost import cost as cost
 from .consistency_test import AttentionConsistency as AttentionConsistency
 from .consistency_test import attention_consistency as attention_consistency
+from .contrastive_decoding import ContrastiveDecoding as ContrastiveDecoding
+from .contrastive_decoding import diffuse_pixels as diffuse_pixels
 from .corruption_test import CorruptionCurve as CorruptionCurve
 from .corruption_test import corruption_curve as corruption_curve
 from .encoder_gradients import GradientNorms as GradientNorms
@@ -25,6 +27,7 @@ from .key_distributions import key_geometry as key_geometry
 from .link_decay_test import alignment_error as alignment_error
 from .link_decay_test import e_dda as e_dda
 from .link_decay_test import link_decay as link_decay
+from .logit_gain import pai as pai
 from .modality_link_test import ModalityLinks as ModalityLinks
 from .modality_link_test import modality_links as modality_links
 from .modality_masking import Masking as Masking
@@ -51,6 +54,7 @@ from .share_spread_test import attention_entropy as attention_entropy
 from .share_spread_test import share_entropy as share_entropy
 from .share_spread_test import share_quality_correlation as share_quality_correlation
 from .share_spread_test import share_spread as share_spread
+from .sink_redistribution import redistribute_sinks as redistribute_sinks
 from .steering import Steering as Steering
 from .steering import steer as steer
 from .steering_curve import dose_response as dose_response

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from ..nn.attention.sdpa_kernels import kernel_for
 from ..recording import AttentionCall
 from ..recording.attention_call import KeyOffsets
 from ..recording.share_measurement import measure_share
@@ -73,7 +74,9 @@ def offsets_for_shares(call: AttentionCall, members: Members, shares: Float[Tens
 
 def _fits_mask(call: AttentionCall, offsets: KeyOffsets) -> bool:
     if call.is_causal:
-        return False
+        # Kernels that take a mask beside causality expand one row of it themselves.
+        one_row = offsets.values.shape[2] == 1 and (call.mask is None or call.mask.shape[2] == 1)
+        return one_row and kernel_for(call.query.device, call.query.dtype) is not None
     batch, _, _, keys = call.sizes
     shapes = [(batch, *offsets.values.shape[1:3], keys), *([] if call.mask is None else [tuple(call.mask.shape)])]
     present = 0 if call.mask is None else call.mask.numel()
@@ -81,8 +84,13 @@ def _fits_mask(call: AttentionCall, offsets: KeyOffsets) -> bool:
 
 
 def _by_mask(call: AttentionCall, offsets: KeyOffsets) -> AttentionCall:
+    return add_to_scores(call, offsets.by_key())
+
+
+def add_to_scores(call: AttentionCall, added: Float[Tensor, "#batch #head #query key"]) -> AttentionCall:
+    """Returns the attention with numbers added to its scores by the mask; masked keys remain masked."""
     exact = torch.promote_types(call.query.dtype, torch.float32)
-    added = offsets.by_key().to(exact)
+    added = added.to(exact)
     if (mask := call.mask) is not None:
         hidden = ~mask if mask.dtype == torch.bool else mask <= torch.finfo(mask.dtype).min
         added = (added if mask.dtype == torch.bool else added + mask.to(exact)).masked_fill(hidden, -math.inf)

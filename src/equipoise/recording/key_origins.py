@@ -151,9 +151,18 @@ class Origins:
         elif isinstance(value, (list, tuple)):
             for item in value:
                 self._mark(part, name, item)
-        elif isinstance(value, Mapping) and not hasattr(value, "last_hidden_state"):
+        elif hasattr(value, "last_hidden_state"):
+            self._mark_encoded(value.last_hidden_state)
+        elif isinstance(value, Mapping):
             for key, item in value.items():
                 self._mark(part, str(key), item)
+
+    def _mark_encoded(self, states: Any) -> None:
+        """Marks the output of a unimodal encoder that ran outside of the block."""
+        kinds = () if self._parts.encoder is None else submodel_kinds(self._parts.encoder)
+        if isinstance(states, Tensor) and len(kinds) == 1 and not self.is_known(states):
+            self._inputs.add(self.code(kinds[0]))
+            self._provenance.mark(states, self.code(kinds[0]))
 
     def _code_of_input(self, part: nn.Module, name: str, value: Tensor) -> int:
         if DECODER_INPUTS.match(name):

@@ -144,8 +144,11 @@ def attention_output(call: AttentionCall) -> Float[Tensor, "batch head query dim
     if call.attention is None and call.softcap is None and call.sinks is None:
         from ..nn.attention import attend
 
+        one = call.is_causal and call.mask is not None and call.mask.shape[2] == 1
+        # A single segment runs in a kernel that takes both; the public function would need the mask of all queries.
+        segment = {"modality": torch.zeros(call.sizes[3], dtype=torch.long), "num_modalities": 1} if one else {}
         return attend(
-            call.query, call.key, call.value, mask=call.mask, is_causal=call.is_causal, scale=call.scale
+            call.query, call.key, call.value, mask=call.mask, is_causal=call.is_causal, scale=call.scale, **segment
         ).output  # fmt: skip
     group = call.sizes[1] // call.value.shape[1]
     value = call.value.repeat_interleave(group, dim=1)

@@ -267,7 +267,8 @@ class TokenMap:
                 stream.begin(inputs)
             return
         if any(arguments.get(name) is not None for name in ("input_ids", "inputs_embeds")) or self.given is not None:
-            if arguments.get("encoder_outputs") is None:
+            ran_before = self.given is not None and self._encoder.labels is None
+            if arguments.get("encoder_outputs") is None or ran_before:
                 self._encoder.begin(read_forward_inputs(arguments))
         elif arguments.get("encoder_outputs") is None:
             self._encoder.reset()

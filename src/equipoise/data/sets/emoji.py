@@ -163,14 +163,15 @@ class Emoji(Dataset):
             return batch
         draw = CounterRNG(seed, epoch, index, split)
         items = [self.items[index] for index in self._rows[split][index].tolist()]
-        text, target = self._captions(items, batch["target"].tolist(), draw)
-        return {**batch, "text": text, "target": target}
+        captions, targets = self._captions(items, batch["target"].tolist(), draw)
+        return {**batch, "text": self._encoded(captions, draw), "target": torch.tensor(targets)}
 
-    def _captions(self, items: Sequence[EmojiItem], targets: Sequence[int], draw: CounterRNG) -> tuple[Tensor, Tensor]:
-        """Draws captions; returns their ids (batch, 24) and targets (batch,)."""
-        uniform, spelling = draw.uniform("caption", 2).tolist(), draw.uniform("spelling", LENGTH) < SPELLED
+    def _captions(
+        self, items: Sequence[EmojiItem], targets: Sequence[int], draw: CounterRNG
+    ) -> tuple[list[str], list[int]]:
+        """Draws captions; returns them and their targets."""
         texts, caption_targets = [], []
-        for item, target, (kind, which) in zip(items, targets, uniform, strict=True):
+        for item, target, (kind, which) in zip(items, targets, draw.uniform("caption", 2).tolist(), strict=True):
             caption = item.name
             if item.keywords and kind >= NAMED:
                 keyword = item.keywords[int(which * len(item.keywords))]
@@ -178,8 +179,13 @@ class Emoji(Dataset):
                 caption, target = (keyword, self._keywords[keyword]) if alone else (f"{caption} {keyword}", target)
             texts.append(caption)
             caption_targets.append(target)
-        rows = [self._spelled(text, by_letter) for text, by_letter in zip(texts, spelling.tolist(), strict=True)]
-        return pad_sequences(rows, LENGTH), torch.tensor(caption_targets)
+        return texts, caption_targets
+
+    def _encoded(self, captions: Sequence[str], draw: CounterRNG) -> Tensor:
+        """Returns the inputs of training captions: ids (batch, 24), with some words spelled."""
+        spelling = draw.uniform("spelling", LENGTH) < SPELLED
+        rows = [self._spelled(text, by_letter) for text, by_letter in zip(captions, spelling.tolist(), strict=True)]
+        return pad_sequences(rows, LENGTH)
 
     def _spelled(self, text: str, by_letter: Sequence[bool]) -> list[int]:
         row: list[int] = []

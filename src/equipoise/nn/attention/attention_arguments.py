@@ -52,9 +52,14 @@ def without_hidden(
     if is_causal and key.shape[2] > offset + query.shape[2]:
         later = (torch.arange(key.shape[2], device=key.device) >= offset + query.shape[2])[:, None]
         hidden = later if hidden is None else hidden | later
-    if hidden is None:
+    if hidden is None or is_none_true(hidden):
         return key, value
     return key.masked_fill(hidden, 0.0), value.masked_fill(hidden, 0.0)
+
+
+def is_none_true(hidden: Tensor) -> bool:
+    """Whether no element is True, where finding out needs no GPU sync."""
+    return hidden.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(hidden.any())
 
 
 def check_heads(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> None:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from .attention_arguments import is_none_true
 from .key_layout import BorderKeys, Group, Run, modality_one_hot
 from .sdpa_kernels import Bias, HeadTensor, Kernel
 
@@ -67,8 +68,9 @@ def _segment(kernel, query, key, value, run: Run, bias, is_causal, scale) -> Seg
     output, lse = kernel.forward(query[:, :, first:], key[:, :, span], value[:, :, span], bias, is_causal, scale)
     if bias is not None:
         blind = ~_seeing(bias, is_causal, rows - first)
-        output = output.masked_fill_(blind, 0.0)
-        lse = lse.masked_fill(blind[..., 0], -math.inf)
+        if not is_none_true(blind):
+            output = output.masked_fill_(blind, 0.0)
+            lse = lse.masked_fill(blind[..., 0], -math.inf)
     return Segment(first, output, F.pad(lse, (first, 0), value=-math.inf) if first else lse)
 
 
@@ -103,10 +105,17 @@ class SegmentedAttention(torch.autograd.Function):
     @staticmethod
     def forward(query, key, value, bias, modality, groups, num_modalities, kernel, is_causal, scale):
         batch, heads, rows, _ = query.shape
-        output = query.new_empty(batch, rows, heads, value.shape[-1]).transpose(1, 2)
         total = _blank(query, 0.0)
         share = total.new_zeros(batch, heads, rows, num_modalities)
         q, k, v = _one_width(query, key, value)
+        if (run := _only_run(groups, key)) is not None:
+            # Nothing to merge: the output of the kernel is the result.
+            _, part, lse = _segment(kernel, q, k, v, run, bias, is_causal, scale)
+            visible = lse != -math.inf
+            if run.label >= 0:
+                share[..., run.label] = visible
+            return part[..., : value.shape[-1]], share, lse.masked_fill(~visible, 0.0)
+        output = query.new_empty(batch, rows, heads, value.shape[-1]).transpose(1, 2)
         for group in groups:
             samples = group.samples
             inputs = (q[samples], k[samples], v[samples], _of_samples(bias, samples), is_causal, scale)
@@ -142,6 +151,14 @@ class SegmentedAttention(torch.autograd.Function):
             for grad, source in zip(gradients, (query, key, value), strict=True)
         )
         return grad_query, grad_key, None if grad_output is None else grad_value, *(None,) * 7
+
+
+def _only_run(groups: Sequence[Group], key: HeadTensor) -> Run | None:
+    """Returns the run of all keys if there is a single one."""
+    if len(groups) > 1 or len(groups[0].runs) > 1 or groups[0].order is not None or groups[0].strays is not None:
+        return None
+    (run,) = groups[0].runs
+    return run if (run.start, run.stop) == (0, key.shape[2]) and groups[0].samples == slice(None) else None
 
 
 def _attend_group(kernel, group: Group, inputs, results) -> None:

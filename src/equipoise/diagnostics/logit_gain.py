@@ -1,0 +1,99 @@
+"""PAI: adds to the attention logits of a modality a multiple of their absolute values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ConfigError, unknown_name
+from ..recording import AttentionCall, LabeledKeys
+from ..recording.share_measurement import attention_output
+from ..recording.token_labels import recorded_rows
+from .interventions import Intervention, Labels, checked_intervention
+from .logit_offsets import add_to_scores
+
+
+@dataclass(frozen=True)
+class LogitGain:
+    """The change of ``pai``: s_ij + alpha |s_ij| for the keys j of a modality and the last query i."""
+
+    alpha: float
+    name: str
+    queries: str | Tensor = "last"
+
+    @property
+    def what(self) -> str:
+        return f"to several modalities, with keys of '{self.name}'"
+
+    def check(self, names: Sequence[str], who: str) -> None:
+        if self.name not in names:
+            raise unknown_name(who, "modality", self.name, names)
+
+    def output(self, call: AttentionCall, known: LabeledKeys) -> Tensor | str | None:
+        """Returns the changed output, the reason why it cannot be changed, or None if there is nothing to change."""
+        changed = self.changed(call, known)
+        return changed if changed is None or isinstance(changed, str) else attention_output(changed)
+
+    def changed(self, call: AttentionCall, known: LabeledKeys) -> AttentionCall | str | None:
+        """Returns the changed attention, or as ``output``."""
+        batch, _, rows, keys = call.sizes
+        members = known.keys.cpu().expand(batch, keys) == known.names.index(self.name)
+        if not bool(members.any()) or self.alpha == 0:
+            return None
+        if known.constant is not None or call.attention is not None or call.softcap is not None:
+            return "its keys have one modality, or its scores are capped or not known"
+        chosen = recorded_rows(self.queries, call, known)
+        if chosen is None or isinstance(chosen, str):
+            return chosen
+        weight = chosen.weight
+        if chosen.index is not None:
+            weight = weight.new_zeros(batch, rows).scatter(1, chosen.index, weight)
+        exact = torch.promote_types(call.query.dtype, torch.float32)
+        group = call.query.shape[1] // call.key.shape[1]
+        scale = call.query.shape[-1] ** -0.5 if call.scale is None else call.scale
+        key = call.key.to(exact).repeat_interleave(group, dim=1)
+        scores = scale * call.query.to(exact) @ key.transpose(-1, -2)
+        active = (weight > 0)[:, None, :, None] & members.to(weight.device)[:, None, None]
+        return add_to_scores(call, self.alpha * scores.abs() * active.to(scores))
+
+
+@contextmanager
+def pai(
+    model: nn.Module, alpha: float = 0.5, name: str = "image", *, layers: Sequence[str] | str | None = None,
+    queries: str = "last", modality: Labels | None = None, names: Sequence[str] | None = None,
+) -> Iterator[Intervention]:  # fmt: skip
+    """Adds alpha |s| to the attention logits s of all keys of a modality inside the block.
+
+    A' = softmax(s + alpha |s|) for the last query, which predicts the next token, also in every step of ``generate``.
+
+    Args:
+        model: as in ``steer``.
+        alpha: factor; 0 changes nothing.
+        name: the modality.
+        layers, modality, names: as in ``steer``; the paper changes all layers after the first ones.
+        queries: queries whose attention is changed, as in ``watch``.
+
+    Yields:
+        Intervention; its ``changed`` and ``missing`` list the layers.
+
+    Raises:
+        ConfigError: an unknown modality, an alpha that is no finite number, or no attention could be changed.
+
+    The scores of the changed layers are materialized. Unlike the constant offset of ``steer``, the resulting share
+    depends on the size of the logits.
+
+    Reference: Liu et al., "Paying More Attention to Image" (ECCV 2024), Eq. 4.
+    Differs from the paper in: attention alone; its logits of the text without the image are those of
+    ``ContrastiveDecoding`` with inputs without an image.
+    """
+    if not math.isfinite(alpha):
+        raise ConfigError("pai", expected="a finite alpha", got=str(alpha))
+    change = Intervention("pai", LogitGain(float(alpha), name, queries))  # type: ignore[arg-type]
+    change.is_effective = alpha != 0
+    with checked_intervention(model, change, modality, names, layers) as intervention:
+        yield intervention
