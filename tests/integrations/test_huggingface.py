@@ -397,7 +397,7 @@ def test_wrapped_models_restore_their_state():
 
 
 ARGUMENTS = {
-    "world_size": 1, "n_gpu": 0, "fp16": False, "deepspeed": None, "ddp_find_unused_parameters": None,
+    "world_size": 1, "n_gpu": 0, "fp16": False, "deepspeed": None, "fsdp": [], "ddp_find_unused_parameters": None,
     "max_grad_norm": 0.0, "remove_unused_columns": False, "save_strategy": "epoch",
 }  # fmt: skip
 
@@ -450,6 +450,7 @@ def begin_training(balancers=build_ogm, wrapped=True, clip=None, **options):
     ("options", "message"),
     [
         ({"balancers": lambda made: [MultiStep()]}, r"one that takes several\. Use equipoise's own"),
+        ({"fsdp": ["full_shard"]}, "got FSDP, under which a process has a part of each parameter"),
         ({"deepspeed": "zero.json"}, "got DeepSpeed, which steps inside backward. Use DistributedDataParallel"),
         ({"n_gpu": 3}, "one device for each process, got 3 under DataParallel.*torchrun"),
         (

@@ -4,6 +4,7 @@ import runpy
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import pytest
@@ -13,11 +14,11 @@ from torch import nn
 import equipoise as eq
 from equipoise.errors import ConfigError, NonFiniteError
 from equipoise.integrations.lightning_callbacks import _Moved
-from equipoise.training import BalancedTraining
+from equipoise.training import BalancedTraining, execute_run
 from equipoise.training.recipes import TrainOptions
 from equipoise.training.run import quiet_lightning
 from equipoise.training.run_evaluation import evaluate_run
-from helpers.runs import RandomData, loaders, recipe
+from helpers.runs import RandomData, loaders, recipe, run_spec
 from helpers.tolerance import TOL
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -265,3 +266,24 @@ def test_examples_run(name, message, monkeypatch, capsys):
         warnings.simplefilter("ignore", FutureWarning)
         runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
     assert message in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["OGM", "RollingQ"])
+def test_sharding_strategy_raises(name):
+    """Their constructor asks for a GPU, so that the strategies are created here without a Trainer."""
+    source = RandomData()
+    model = build_model(source)
+    layer = {"RollingQ": model.fusion.attention}.get(name, model)
+    callback = eq.lightning.BalancerCallback(eq.BalancerList(model, [getattr(eq.balance, name)(layer)]))
+    for strategy in (pl.strategies.FSDPStrategy(), pl.strategies.ModelParallelStrategy()):
+        trainer = SimpleNamespace(strategy=strategy)
+        with pytest.raises(ConfigError, match=f"{name}: expected a strategy .* as ddp, got {type(strategy).__name__}"):
+            callback.setup(trainer, model, "fit")
+        eq.lightning.BalancerCallback().setup(trainer, model, "fit")
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "deepspeed_stage_3"])
+def test_run_with_sharding_raises(strategy, tmp_path):
+    with pytest.raises(ConfigError, match=f"train: expected a strategy .* got {strategy}, under which a process has a"):
+        execute_run(run_spec("joint"), tmp_path / "run", trainer_options={"strategy": strategy})
+    assert not (tmp_path / "run").exists()

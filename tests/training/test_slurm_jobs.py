@@ -1,12 +1,18 @@
 """Runs as cluster jobs; submitit's local cluster executes them in detached processes of this machine."""
 
+import contextlib
+import os
+import signal
+
 import pytest
 
 from equipoise.errors import ConfigError
-from equipoise.training import recipes
+from equipoise.training import execute_run, recipes
 from equipoise.training.comparison import compare
 from equipoise.training.run_spec import RunSpec, is_finished
 from equipoise.training.slurm_jobs import SlurmRun, run_on_slurm
+from helpers.runs import assert_same_weights, children, reproducible_metrics, weights
+from helpers.waiting import wait_until
 
 submitit = pytest.importorskip("submitit")
 
@@ -60,3 +66,26 @@ def test_rejects_unknown_executors_and_misplaced_options(tmp_path):
         compare(RECIPE, ["concat"], seeds=1, out=tmp_path, executor="pbs")
     with pytest.raises(ConfigError, match="only with executor slurm"):
         compare(RECIPE, ["concat"], seeds=1, out=tmp_path, slurm_options={"timeout_min": 1})
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_killed_job_resumes_with_the_undisturbed_result(tmp_path):
+    job = RunSpec(RECIPE.with_train(epochs=4), "joint", 0)
+    expected = execute_run(job, tmp_path / "undisturbed", trainer_options=OPTIONS)
+    folder, out = job.folder(tmp_path / "jobs"), tmp_path / "jobs"
+    checkpoint = folder / "checkpoints" / "last.ckpt"
+    executor = submitit.AutoExecutor(folder=out / "slurm" / "%j", cluster="local")
+    executor.update_parameters(timeout_min=60)
+    submitted = executor.submit(SlurmRun(job, folder, OPTIONS))
+    process = submitted._process
+    assert wait_until(checkpoint.exists, process)
+    # The job trains in a child of the process that supervises it.
+    for pid in (*children(process.pid), process.pid):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    process.wait()
+    assert is_finished(job, folder) is None
+    ((_, resumed),) = run_on_slurm([job], out, None, OPTIONS, cluster="local")
+    assert reproducible_metrics(resumed) == reproducible_metrics(expected)
+    assert_same_weights(weights(folder), weights(tmp_path / "undisturbed"))

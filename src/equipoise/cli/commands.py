@@ -138,7 +138,7 @@ def train_parser() -> Parser:
     parser.add_argument("--resume", action="store_true", help="resume after the last complete epoch")
     parser.add_argument("--accelerator", default="auto", help="accelerator of Lightning: auto, cpu, gpu")
     parser.add_argument("--devices", default="auto", help="number of devices, or auto")
-    parser.add_argument("--strategy", default="auto", help="strategy of Lightning: auto, ddp, fsdp")
+    parser.add_argument("--strategy", default="auto", help="strategy of Lightning: auto, ddp")
     parser.add_argument("--num_nodes", type=whole, default=1)
     parser.add_argument(
         "--diagnose", action=BooleanOptionalAction, default=None,

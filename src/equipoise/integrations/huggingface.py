@@ -318,6 +318,12 @@ def _incompatibilities(
             "Use DistributedDataParallel.",
         ),
         (
+            bool(args.fsdp) and bool(balancing.balancers),
+            "the whole model in each process",
+            "FSDP, under which a process has a part of each parameter and gradient",
+            "Use DistributedDataParallel.",
+        ),
+        (
             args.n_gpu > 1,
             "one device for each process",
             f"{args.n_gpu} under DataParallel, which copies the model",

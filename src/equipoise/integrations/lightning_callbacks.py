@@ -16,6 +16,21 @@ from ..balance.balancer_list import takes_part_in_steps
 from ..errors import ConfigError
 from .step_watcher import StepWatcher
 
+SHARDED = (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)
+"""Strategies under which a process has only a part of each parameter and gradient."""
+
+
+def check_strategy(strategy: Any, who: str) -> None:
+    """Raises ConfigError for a strategy of Lightning, or the name of one, that shards parameters."""
+    by_name = isinstance(strategy, str) and strategy.startswith(("fsdp", "deepspeed"))
+    if by_name or isinstance(strategy, SHARDED):
+        got = strategy if isinstance(strategy, str) else type(strategy).__name__
+        raise ConfigError(
+            who, expected="a strategy that keeps the whole model in each process, such as ddp",
+            got=f"{got}, under which a process has a part of each parameter and gradient",
+            fix="Balancers compare whole gradients, and fuse modalities outside of the wrapped forward pass. Use ddp.",
+        )  # fmt: skip
+
 
 class BalancerCallback(pl.Callback):
     """Calls the step and epoch hooks of balancers, logs their metrics, and saves their state in checkpoints.
@@ -36,7 +51,8 @@ class BalancerCallback(pl.Callback):
         before_end: called with trainer and module when the statistics of an epoch are complete, before any rotation.
 
     Raises:
-        ConfigError: a balancer that acts in training steps is passed without its BalancerList.
+        ConfigError: a balancer that acts in training steps is passed without its BalancerList; when training begins, a
+            strategy that shards parameters, with any balancer.
 
     Example:
         >>> from equipoise.fusion import JointAttention
@@ -71,6 +87,10 @@ class BalancerCallback(pl.Callback):
                     fix="Return the loss of balancing = eq.BalancerList(model, [...]) in training_step, and "
                     "pass balancing.",
                 )  # fmt: skip
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if self.balancers:
+            check_strategy(trainer.strategy, f"BalancerCallback with {type(self.balancers[0]).__name__}")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for optimizer in trainer.optimizers:
@@ -170,7 +190,7 @@ class WatchCallback(pl.Callback):
     ) -> None:
         if not self._watcher.open:
             return
-        sharded = isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy)
+        sharded = isinstance(trainer.strategy, SHARDED)
         reason = f"under {type(trainer.strategy).__name__} a process has a part of each gradient" if sharded else None
         measured = self._watcher.end(reason)
         if measured is not None:

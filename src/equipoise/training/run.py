@@ -27,7 +27,7 @@ from .. import data
 from ..balance import Balancer
 from ..data.user_code import dataset_from_code
 from ..errors import ConfigError
-from ..integrations.lightning_callbacks import BalancerCallback
+from ..integrations.lightning_callbacks import BalancerCallback, check_strategy
 from ..integrations.loggers import log_final, open_loggers
 from ..io.atomic_files import atomic_write, check_folder, make_folder, to_jsonable
 from ..io.class_registry import instantiate
@@ -82,6 +82,7 @@ def execute_run(
         ConfigError: unknown method or option. DataError: data or checkpoint cannot be read.
         NonFiniteError: the loss is NaN; the last complete checkpoint is kept.
     """
+    check_strategy((trainer_options or {}).get("strategy"), "train")
     check_folder(folder, "train")
     stored = is_finished(job, folder)
     if stored is not None:
