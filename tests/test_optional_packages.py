@@ -95,7 +95,7 @@ def test_core_dependencies():
         "jaxtyping",
         "safetensors",
     }
-    assert requirements("all") == {"equipoise[train,report,hf,lora,cluster]"}
+    assert requirements("all") == {"equipoise[train,report,hf,lora,cluster,search]"}
 
 
 def test_core_works_without_extras():
