@@ -11,7 +11,8 @@ pytest.importorskip("transformers")
 import transformers as hf
 
 import equipoise as eq
-from equipoise.recording.provenance import MIXED, QUERY, READER, Provenance
+from equipoise.recording.origin_codes import MIXED, QUERY, READER
+from equipoise.recording.provenance import Provenance
 
 
 @pytest.fixture(autouse=True)

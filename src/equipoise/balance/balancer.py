@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..tokens.token_batch import Output, Tokens
-from .common.pending_state import Pending, Record
+from .common.pass_record import Record
+from .common.pending_state import Pending
 
 Task = Literal["classification", "multilabel", "regression"]
 Batch = Mapping[str, Any]

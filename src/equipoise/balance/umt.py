@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError, ShapeError
 from ..tokens.token_batch import Output, Tokens, as_tokens
 from .balancer import Balancer, Multimodal
-from .common.pending_state import recomputing
+from .common.pass_record import recomputing
 from .common.unimodal_terms import at_least_single, check_encoders_apart, check_modalities, masked_mean
 
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn.modules import module as registry
 
 from .attention_call import AttentionCall
-from .provenance import MIXED, NEUTRAL, QUERY, READER, Provenance, by_key
+from .origin_codes import MIXED, NEUTRAL, QUERY, READER, by_key
+from .provenance import Provenance
 from .submodels import ORDER, Submodels, output_modalities, submodel_kinds
 
 MANY = "several"

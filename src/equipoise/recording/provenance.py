@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,10 +12,21 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-NEUTRAL, MIXED, QUERY, READER = 0, 127, 64, 126
-"""Codes of elements: ``NEUTRAL`` for elements that depend on no input, such as parameters; ``MIXED`` for several inputs
-at once; ``QUERY`` plus the code of an input for a learned query that has attended to this input only; ``READER`` for a
-learned query that has attended to several inputs."""
+from .origin_codes import (
+    MIXED,
+    NEUTRAL,
+    align_codes,
+    coded_arguments,
+    codes_after_attention,
+    codes_along_output,
+    combine_codes,
+    explicit_equation,
+    full_codes,
+    reduce_codes,
+    resolve_queries,
+    summarize_codes,
+    tensors_in,
+)
 
 # Functions that move elements without arithmetic; they are applied to the codes directly.
 # name -> positions of the moved arguments; all others are indices, masks or sizes.
@@ -73,7 +84,7 @@ class Provenance:
     def mark(self, tensor: Tensor, code: int) -> None:
         """Assigns one code to all elements of an input."""
         if tensor not in self._codes:
-            self._codes[tensor] = _full(tensor, code)
+            self._codes[tensor] = full_codes(tensor, code)
 
     def codes_of(self, tensor: Tensor) -> Int8[Tensor, ...] | None:
         """Returns the codes of a tensor, of the same shape; None if it depends on no input or was not traced."""
@@ -86,7 +97,7 @@ class Provenance:
     def propagate(self, source: Tensor | None, output: Tensor) -> None:
         """Copies codes to an output whose computation could not be traced."""
         if source is not None and output not in self._codes and (codes := self.codes_of(source)) is not None:
-            self._codes[output] = _aligned(codes, output.shape)
+            self._codes[output] = align_codes(codes, output.shape)
 
     @contextmanager
     def tracing(self) -> Iterator[None]:
@@ -99,10 +110,10 @@ class Provenance:
         name = getattr(func, "__name__", "")
         if name in SHAPES:
             return
-        tensors = [t for t in _tensors((*args, *kwargs.values())) if t in self._codes or t in self._columns]
+        tensors = [t for t in tensors_in((*args, *kwargs.values())) if t in self._codes or t in self._columns]
         if not tensors and name not in PRODUCTS and name != "einsum":
             return
-        outputs = [args[0]] if name == "__setitem__" else list(_tensors((result,)))
+        outputs = [args[0]] if name == "__setitem__" else list(tensors_in((result,)))
         if not outputs:
             return
         try:
@@ -110,7 +121,7 @@ class Provenance:
         except (RuntimeError, TypeError, IndexError, ValueError, KeyError):
             # Unsupported arguments: the origin of the result is unknown.
             for output in outputs:
-                self._set(output, _full(output, MIXED))
+                self._set(output, full_codes(output, MIXED))
 
     def _apply_rule(
         self, func, name: str, args: tuple, kwargs: dict, result: Any, outputs: list, tensors: list
@@ -134,10 +145,10 @@ class Provenance:
             codes = [c for t in (floats or tensors) if (c := self.codes_of(t)) is not None]
             if codes:
                 reordered = name in REORDERING
-                self._set(output, _combined([_summary(c) if reordered else c for c in codes], output.shape))
+                self._set(output, combine_codes([summarize_codes(c) if reordered else c for c in codes], output.shape))
             columns = [c for t in tensors if (c := self._columns.get(t)) is not None and c.shape == output.shape]
             if columns and name != "linear":
-                self._columns[output] = _combined(columns, output.shape)
+                self._columns[output] = combine_codes(columns, output.shape)
         return None
 
     def _set(self, tensor: Tensor, codes: Tensor) -> None:
@@ -156,14 +167,14 @@ class Provenance:
         for book in (self._codes, self._columns):
             positions = MOVES[name]
             moved = [args[p] for p in positions if p < len(args)]
-            if not any(t in book for t in _tensors(moved)):
+            if not any(t in book for t in tensors_in(moved)):
                 if book is self._codes and name in ("__getitem__", "index_select", "gather"):
                     self._look_up(args, outputs)
                 continue
-            coded: list[Any] = [_coded(a, book) if p in positions else a for p, a in enumerate(args)]
+            coded: list[Any] = [coded_arguments(a, book) if p in positions else a for p, a in enumerate(args)]
             if name in JOINS and book is self._codes:
-                coded = _resolve_queries(coded, positions)
-            keywords = {k: _coded(v, book) if k in ("source", "src", "other", "values") else v
+                coded = resolve_queries(coded, positions)
+            keywords = {k: coded_arguments(v, book) if k in ("source", "src", "other", "values") else v
                         for k, v in kwargs.items() if k != "value" and k != "out"}  # fmt: skip
             if name in ("masked_fill", "masked_fill_", "index_fill", "tril", "triu"):
                 book[outputs[0]] = coded[0]
@@ -172,7 +183,7 @@ class Provenance:
                 written: Any = args[0]  # pyright: ignore[reportGeneralTypeIssues]
                 if (base := written._base) is not None and base in book:
                     # Writing into a view changes its base tensor.
-                    book[base] = _full(base, MIXED)
+                    book[base] = full_codes(base, MIXED)
                 coded[0] = coded[0].clone(memory_format=torch.contiguous_format)
             if name == "pad":
                 moved_codes = func(*coded[:2], **{k: v for k, v in kwargs.items() if k in ("mode", "pad")})
@@ -186,26 +197,26 @@ class Provenance:
             else:
                 moved_codes = func(*(0 if p in positions and isinstance(a, float) else a for p, a in enumerate(coded)),
                                    **keywords)  # fmt: skip
-            for output, codes in zip(outputs, _tensors((moved_codes,)), strict=True):
+            for output, codes in zip(outputs, tensors_in((moved_codes,)), strict=True):
                 if codes.shape != output.shape:
                     raise ValueError("codes have another shape")
                 book[output] = codes.to(torch.int8)
 
     def _look_up(self, args: tuple, outputs: list[Tensor]) -> None:
         """A lookup in a table without codes: the result has the codes of the indices."""
-        codes = [c for t in _tensors(args[1:]) if t.dtype != torch.bool and (c := self.codes_of(t)) is not None]
+        codes = [c for t in tensors_in(args[1:]) if t.dtype != torch.bool and (c := self.codes_of(t)) is not None]
         for output in outputs if codes else ():
             first = codes[0]
             while first.ndim < output.ndim:
                 first = first[..., None]
-            self._set(output, _combined([first, *codes[1:]], output.shape))
+            self._set(output, combine_codes([first, *codes[1:]], output.shape))
 
     def _product(self, name: str, args: tuple, kwargs: dict, result: Tensor) -> None:
         if name == "einsum":
             parts = args[1] if isinstance(args[1], (list, tuple)) else args[1:]
             if len(parts) != 2 or not isinstance(args[0], str) or "->" not in args[0]:
                 codes = [c for part in parts if (c := self.codes_of(part)) is not None]
-                return self._set(result, _summary(*codes).expand(result.shape)) if codes else None
+                return self._set(result, summarize_codes(*codes).expand(result.shape)) if codes else None
             equation, left, right = args[0], *parts
         else:
             equation = None
@@ -214,23 +225,23 @@ class Provenance:
         learned = any(isinstance(part, nn.Parameter) for part in (left, right))
         if rows is None and columns is None and (learned or not result.is_floating_point()):
             return None
-        rows = _full(left, NEUTRAL) if rows is None else rows
-        columns = _full(right, NEUTRAL) if columns is None else columns
+        rows = full_codes(left, NEUTRAL) if rows is None else rows
+        columns = full_codes(right, NEUTRAL) if columns is None else columns
         last = columns
         if equation is None:
-            rows = _reduced(rows, -1)
+            rows = reduce_codes(rows, -1)
             rows = rows if right.ndim > 1 else rows[..., 0]
-            last = columns = _reduced(columns, -2) if right.ndim > 1 else _summary(columns)
+            last = columns = reduce_codes(columns, -2) if right.ndim > 1 else summarize_codes(columns)
         else:
-            equation = _explicit(equation, left.ndim, right.ndim)
+            equation = explicit_equation(equation, left.ndim, right.ndim)
             inputs, output = equation.replace(" ", "").split("->")
             names = inputs.split(",")
-            rows, columns = (_along_output(c, n, output) for c, n in zip((rows, columns), names, strict=True))
+            rows, columns = (codes_along_output(c, n, output) for c, n in zip((rows, columns), names, strict=True))
             last = rows if output[-1] in names[0] and output[-1] not in names[1] else columns
         codes = (
             torch.where(rows != NEUTRAL, rows, columns)
             if isinstance(left, nn.Parameter)
-            else _after_reading(rows, columns)
+            else codes_after_attention(rows, columns)
         )
         self._set(result, codes.expand(result.shape))
         if not learned:
@@ -239,9 +250,9 @@ class Provenance:
 
     def _attend(self, query: Tensor, key: Tensor, output: Tensor) -> None:
         rows, keys = self.codes_of(query), self.codes_of(key)
-        rows = _full(query, NEUTRAL) if rows is None else _reduced(rows, -1)
-        keys = _full(key, NEUTRAL) if keys is None else keys
-        self._set(output, _after_reading(rows, _summary(keys)).expand(output.shape))
+        rows = full_codes(query, NEUTRAL) if rows is None else reduce_codes(rows, -1)
+        keys = full_codes(key, NEUTRAL) if keys is None else keys
+        self._set(output, codes_after_attention(rows, summarize_codes(keys)).expand(output.shape))
 
 
 class _ProvenanceMode(TorchFunctionMode):
@@ -255,140 +266,3 @@ class _ProvenanceMode(TorchFunctionMode):
         if self._provenance.active and not torch.compiler.is_compiling():
             self._provenance.record(func, args, kwargs, result)
         return result
-
-
-def by_key(codes: Int8[Tensor, "batch head key width"]) -> Int8[Tensor, "batch key"]:
-    """Reduces codes to one for each key, over heads and features."""
-    return _reduced(_reduced(codes, -1), 1)[:, 0, :, 0]
-
-
-def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, (list, tuple)):
-            yield from _tensors(value)
-
-
-def _full(tensor: Tensor, code: int) -> Tensor:
-    return torch.full((1,) * tensor.ndim, code, dtype=torch.int8, device=tensor.device).expand(tensor.shape)
-
-
-def _coded(value: Any, book: Any) -> Any:
-    if isinstance(value, Tensor):
-        return codes if (codes := book.get(value)) is not None else _full(value, NEUTRAL)
-    return [_coded(part, book) for part in value] if isinstance(value, (list, tuple)) else value
-
-
-def _resolve_queries(coded: list[Any], positions: Sequence[int]) -> list[Any]:
-    """Replaces the code of learned queries by that of their input when they are joined with another input."""
-    total = _summary(*_tensors([coded[p] for p in positions if p < len(coded)]))
-
-    def resolve(value: Any) -> Any:
-        if isinstance(value, (list, tuple)):
-            return [resolve(part) for part in value]
-        if not isinstance(value, Tensor):
-            return value
-        queries = (value >= QUERY) & (value < READER) & (total == MIXED)
-        return torch.where(_thin(queries), _thin(value) % QUERY, _thin(value)).expand(value.shape)
-
-    return [resolve(value) if p in positions else value for p, value in enumerate(coded)]
-
-
-def _thin(codes: Tensor) -> Tensor:
-    """Narrows expanded dimensions, along which all codes are equal, to size 1."""
-    for dim, (size, stride) in enumerate(zip(codes.shape, codes.stride(), strict=True)):
-        if stride == 0 and size > 1:
-            codes = codes.narrow(dim, 0, 1)
-    return codes
-
-
-def _merged(high: Tensor, low: Tensor) -> Tensor:
-    """Merges the highest and the lowest non-neutral code (127 if there is none): the common code, or ``MIXED``."""
-    low = torch.where(high == NEUTRAL, high, low)
-    # Learned queries remain distinct from the positions that they attend to.
-    other = torch.where((low >= QUERY) & (high != MIXED), READER, MIXED).to(torch.int8)
-    return torch.where(high % QUERY == low % QUERY, low, other)
-
-
-def _after_reading(rows: Tensor, keys: Tensor) -> Tensor:
-    """Returns the codes of queries after attention: input positions keep theirs, learned queries get the keys'."""
-    content = torch.where((keys == NEUTRAL) | (keys >= QUERY), keys, keys + QUERY).clamp(max=READER)
-    other = torch.where((content == rows) | (content == NEUTRAL) | (rows == MIXED), rows, torch.full_like(rows, READER))
-    return torch.where(rows == NEUTRAL, content, torch.where(rows < QUERY, rows, other))
-
-
-def _reduced(codes: Tensor, dim: int) -> Tensor:
-    """Reduces a dimension to one code, with ``keepdim``."""
-    if codes.shape[dim] == 1:
-        return codes
-    if codes.stride(dim) == 0 and codes.shape[dim] > 0:
-        return codes.narrow(dim, 0, 1)
-    thin = _thin(codes)
-    high = thin.amax(dim, keepdim=True)
-    low = thin.masked_fill(thin == NEUTRAL, MIXED).amin(dim, keepdim=True)
-    shape = [1 if d == dim % codes.ndim else size for d, size in enumerate(codes.shape)]
-    return _merged(high, low).expand(shape)
-
-
-def _summary(*codes: Tensor) -> Tensor:
-    """Reduces tensors of codes to one code."""
-    summary = torch.stack([_merged(c.amax(), c.masked_fill(c == NEUTRAL, MIXED).amin()) if c.numel()
-                         else c.new_zeros(()) for c in map(_thin, codes)])  # fmt: skip
-    return _merged(summary.amax(), summary.masked_fill(summary == NEUTRAL, MIXED).amin())
-
-
-def _aligned(codes: Tensor, shape: Sequence[int]) -> Tensor:
-    """Fits codes to a result of another shape; dimensions whose size differs are reduced to one code."""
-    if codes.shape == tuple(shape):
-        return codes
-    if codes.ndim == len(shape):
-        for dim, size in enumerate(shape):
-            if codes.shape[dim] not in (1, size):
-                codes = _reduced(codes, dim)
-        return codes.expand(shape)
-    if tuple(shape) == tuple(codes.shape[:-1]):
-        return _reduced(codes, -1)[..., 0]
-    try:
-        return codes.expand(shape)
-    except RuntimeError:
-        return _summary(codes).expand(shape)
-
-
-def _combined(codes: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
-    combined = _thin(_aligned(codes[0], shape))
-    for more in codes[1:]:
-        more = _thin(_aligned(more, shape))
-        low, high = torch.minimum(combined, more), torch.maximum(combined, more)
-        other = torch.where((low >= QUERY) & (high != MIXED), READER, MIXED).to(torch.int8)
-        combined = torch.where(low == NEUTRAL, high, torch.where(low % QUERY == high % QUERY, low, other))
-    return combined.expand(shape)
-
-
-def _explicit(equation: str, *dims: int) -> str:
-    """Replaces the ellipses of an einsum equation by letters."""
-    inputs, output = equation.replace(" ", "").split("->")
-    free = [letter for letter in "ZYXWVUTSRQ" if letter not in equation]
-    names, most = [], 0
-    for name, count in zip(inputs.split(","), dims, strict=True):
-        if "..." in name:
-            extra = count - len(name) + 3
-            most = max(most, extra)
-            name = name.replace("...", "".join(free[:extra][::-1]))
-        names.append(name)
-    return ",".join(names) + "->" + output.replace("...", "".join(free[:most][::-1]))
-
-
-def _along_output(codes: Tensor, names: str, output: str) -> Tensor:
-    """Returns the codes of an einsum operand along the dimensions of the result."""
-    for dim, letter in enumerate(names):
-        if letter not in output:
-            codes = _reduced(codes, dim)
-    remaining = [letter for letter in names if letter in output]
-    for dim in reversed([d for d, letter in enumerate(names) if letter not in output]):
-        codes = codes.squeeze(dim)
-    codes = codes.permute([remaining.index(letter) for letter in output if letter in remaining])
-    for dim, letter in enumerate(output):
-        if letter not in remaining:
-            codes = codes.unsqueeze(dim)
-    return codes

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from .attention_record import AttentionRecord
+from .composite_labeler import CompositeLabeler
 from .encoder_submodules import unimodal_encoders
 from .equipoise_interceptor import has_own_layers, intercept_own_layers
 from .generation_loops import decoding_loops
@@ -20,7 +21,7 @@ from .multihead_interceptor import intercept_multihead
 from .recording_session import AttentionHandler, RecordingSession
 from .submodels import outermost_pretrained_models
 from .token_labels import TokenLabeler, UserLabels, check_labels, check_queries
-from .token_map import CompositeLabeler, TokenMap
+from .token_map import TokenMap
 from .torch_function_interceptor import intercept_torch_functions
 from .unrecorded_layers import TrackingLabeler, find_unrecorded_layers
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -13,92 +12,13 @@ from torch import Tensor, nn
 
 from ...errors import EquipoiseError
 from ...nn.distributed import all_reduce_sum
-from ...tokens.token_batch import Output, Tokens
+from ...tokens.token_batch import Output
+from .pass_record import Record, backward_task, input_signature, recomputing
 
 OPEN = 16
 """Maximum number of forward passes kept until the next step; a recomputation looks up the pass that it repeats."""
 
 Callback = Callable[[Tensor], Mapping[str, Tensor]]
-
-
-def recomputing() -> bool:
-    """Returns whether it is called inside a backward pass, as in the recomputation of activation checkpointing."""
-    return _task() != -1
-
-
-class Record:
-    """One forward pass in training mode, and the loss of its output.
-
-    Attributes:
-        before: number of samples in the earlier batches of this step, on this process.
-        size: number of samples.
-        drew: whether a balancer drew random numbers for the samples.
-        scale: gradient of the final loss with respect to this batch's loss, summed over backward passes; None before
-            the first backward pass.
-        kept: (balancer, key) -> value passed from the forward pass to the loss; a recomputation overwrites it.
-    """
-
-    def __init__(self, before: int = 0, signature: Any = None) -> None:
-        self.before, self.signature = before, signature
-        self.size, self.drew = 0, False
-        self.scale: Tensor | None = None
-        self.kept: dict[tuple[int, str], Any] = {}
-        self.with_gradient, self.has_loss = torch.is_grad_enabled(), False
-        self.outputs: tuple[Output, Tensor] | None = None
-        self._notes: dict[tuple[int, str], Tensor] = {}
-        self._backward_notes: dict[tuple[int, str], Tensor] = {}
-        self._features: Callable[[], Tensor | None] = lambda: None
-        self.reached: set[int] = set()
-        self.repeated: set[int] = set()
-
-    def add(self, balancer: object, key: str, value: Tensor, *, backward: bool = False) -> None:
-        """Adds to the batch's sum for this key. A value that is not finite counts as zeros; no GPU sync.
-
-        ``backward`` marks values of a backward pass, which ``discard_backward`` removes.
-        """
-        value = value.detach()
-        if value.is_floating_point():
-            value = torch.where(value.isfinite().all(), value, torch.zeros_like(value))
-        index, notes = (id(balancer), key), self._backward_notes if backward else self._notes
-        notes[index] = notes[index] + value if index in notes else value
-
-    def take(self, balancer: object, key: str) -> Tensor | None:
-        """Returns the sum for this key and removes it."""
-        index = (id(balancer), key)
-        pending = [notes.pop(index) for notes in (self._notes, self._backward_notes) if index in notes]
-        return sum(pending[1:], pending[0]) if pending else None
-
-    def discard_backward(self) -> None:
-        """Forgets the backward passes so far, whose gradients the loop has cleared; the loss may be reused."""
-        self.scale = None
-        self._backward_notes.clear()
-
-    def sample_offset(self, size: int) -> int:
-        """Returns the number of samples of the step before this batch; for balancers that draw numbers per sample."""
-        self.size, self.drew = size, True
-        return self.before
-
-    def finish(self, output: Output) -> None:
-        """Stores the output of the forward pass."""
-        self.size = self.size or len(output.features)
-        self._features = weakref.ref(output.features)
-        pair = (output.features, output.logits)
-        self._memory = tuple(_address(tensor) for tensor in pair if tensor is not None)
-
-    _memory: tuple[int, ...] = ()
-
-    def computed(self, output: Output) -> bool:
-        """Returns whether this pass computed the output, also if the ``Output`` object was rebuilt since."""
-        pair = (output.features, output.logits)
-        return any(tensor is not None and _address(tensor) in self._memory for tensor in pair)
-
-    def waits_for_loss(self) -> bool:
-        """Returns whether a loss may still be computed: with gradient, output alive and finite."""
-        features = self._features()
-        if not self.with_gradient or self.has_loss or features is None:
-            return False
-        # Detach: checkpointing counts the tensors saved for backward.
-        return bool(features.detach().isfinite().all())
 
 
 class Pending:
@@ -139,14 +59,14 @@ class Pending:
     def record(self) -> Record:
         """Returns the record of the current forward pass or loss, a new one if the model did not call ``begin``."""
         # A recomputation may stop early and leave its record behind.
-        if self._current is None or self._current[0] != _task():
+        if self._current is None or self._current[0] != backward_task():
             self.begin(None)
         assert self._current is not None
         return self._current[1]
 
     def announced(self) -> bool:
         """Returns whether the current forward pass or loss has a record."""
-        return self._current is not None and self._current[0] == _task()
+        return self._current is not None and self._current[0] == backward_task()
 
     def noting(self) -> bool:
         """Returns whether to take notes: not in recomputations or in losses that are not trained on."""
@@ -154,9 +74,9 @@ class Pending:
 
     def begin(self, inputs: Any) -> None:
         """Begins a forward pass in training mode."""
-        signature = tuple(_signature(inputs))
+        signature = tuple(input_signature(inputs))
         if recomputing():
-            self._current = (_task(), self._first_pass(signature))
+            self._current = (backward_task(), self._first_pass(signature))
             return
         self._drop_cleared()
         for record in self._open:
@@ -166,7 +86,7 @@ class Pending:
         before = sum(record.size for record in self.step)
         before += sum(r.size for r in self._open if r not in self.step and r.waits_for_loss())
         record = Record(before, signature)
-        self._current = (_task(), record)
+        self._current = (backward_task(), record)
         self._open.append(record)
 
     def finish(self, output: Output) -> Output:
@@ -180,7 +100,7 @@ class Pending:
         """Begins the loss of this output. Outside of training its record is discarded."""
         training = self.model is None or self.model.training
         record = self._record_of(output) if training else Record()
-        self._current, self.callbacks = (_task(), record), []
+        self._current, self.callbacks = (backward_task(), record), []
         self._counts = training and torch.is_grad_enabled() and not record.has_loss
         return record
 
@@ -259,7 +179,7 @@ class Pending:
                 )  # fmt: skip
             self.step.append(record)
         record.scale = gradient if record.scale is None else record.scale + gradient
-        record.reached.add(_task())
+        record.reached.add(backward_task())
         self._active = record
         try:
             for balancer, callback in callbacks:
@@ -270,7 +190,7 @@ class Pending:
 
     def _first_pass(self, signature: tuple) -> Record:
         """Returns the record of the forward pass that a recomputation repeats."""
-        task = _task()
+        task = backward_task()
         if self._active is not None:
             return self._active
         candidates = [*self.step, *(record for record in self._open if record not in self.step)]
@@ -333,7 +253,7 @@ class Pending:
         """Discards batches whose gradients the loop has cleared: an abandoned step, the first pass of SAM."""
         if not self.step or self.model is None:
             return
-        if any(_task() in record.reached for record in self.step):
+        if any(backward_task() in record.reached for record in self.step):
             # Several losses in one backward pass, which has not reached the parameters yet.
             return
         raw, gradient = self._raw, None if self._parameter is None else self._parameter.grad
@@ -349,27 +269,3 @@ class Pending:
             for record in self.step:
                 record.discard_backward()
             self.step, self._raw = [], None
-
-
-def _task() -> int:
-    """Returns the id of the current backward pass; -1 outside of backward passes."""
-    return torch._C._current_graph_task_id()
-
-
-def _signature(inputs: Any) -> Iterable[tuple]:
-    """Yields address, shape and dtype of each tensor: equal in a pass and in its recomputation."""
-    if isinstance(inputs, Tensor):
-        yield _address(inputs), tuple(inputs.shape), inputs.dtype
-    elif isinstance(inputs, Tokens):
-        yield from _signature(inputs.values)
-    elif isinstance(inputs, Mapping):
-        for value in inputs.values():
-            yield from _signature(value)
-
-
-def _address(tensor: Tensor) -> int:
-    try:
-        return tensor.data_ptr()
-    except RuntimeError:
-        # Tensors of torch.func transforms have no storage.
-        return 0

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ...errors import ConfigError
 from ...nn.eval_mode import eval_mode_no_grad
-from ..common.pending_state import recomputing
+from ..common.pass_record import recomputing
 from .attention_modules import find_rotation_target
 from .compile_disabled import CompileDisabled
 from .query_key_statistics import Indicator, RunningSums, key_mask, query_key_sums
