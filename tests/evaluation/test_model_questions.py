@@ -150,14 +150,53 @@ def test_shares_match_watch_and_without_modality(trained_models):
     assert result.replies["hidden"][0] == NAMES[int(logits[ids].argmax())]
 
 
-def test_multi_token_choices_single_and_batched(trained_models):
-    rows = [{**row, "choices": [f"the {name}" for name in NAMES] + ["no"], "answer": f"the {row['answer']}"}
-            for row in build_samples(6)]  # fmt: skip
-    one = evaluate_questions(trained_models["image"], build_processor(), rows, conditions=("given", "blank", "none"))
-    many = evaluate_questions(
-        trained_models["image"], build_processor(), rows, conditions=("given", "blank", "none"), batch_size=3
-    )
-    assert one.rows == many.rows
+@pytest.mark.parametrize("kind", ["one token", "several tokens", "generated"])
+def test_batches_give_the_results_of_single_questions(trained_models, kind):
+    rows = build_samples(7)
+    for index, row in enumerate(rows):
+        # Questions of different lengths are padded, and one has two images.
+        row["question"] = " ".join([row["question"], *["dark"] * (index % 3)])
+    rows[4] = {**rows[4], "images": [rows[4]["image"], Image.new("RGB", (8, 8))], "image": None}
+    if kind == "one token":
+        rows = with_choices(rows)
+    elif kind == "several tokens":
+        choices = [f"the {name}" for name in NAMES] + ["no"]
+        rows = [{**row, "choices": choices, "answer": f"the {row['answer']}"} for row in rows]
+    passes = []
+    model = trained_models["image"]
+    results = []
+    for size in (1, 4):
+        count = []
+        hook = model.register_forward_pre_hook(lambda *_, count=count: count.append(1))
+        results.append(evaluate_questions(model, build_processor(), rows, batch_size=size, max_new_tokens=3))
+        hook.remove()
+        passes.append(len(count))
+    one, many = results
+    assert one.failed == many.failed == 0
+    assert one.replies == many.replies
+    assert one.extra["attention_share"] == pytest.approx(many.extra["attention_share"], abs=1e-5)
+    assert passes[1] < passes[0] / 2
+
+
+def test_failed_batch_is_repeated_one_by_one(trained_models):
+    model, encode = trained_models["image"], build_processor()
+    original, sizes = model.forward, []
+
+    def forward(**inputs):
+        sizes.append(len(inputs["input_ids"]))
+        if len(inputs["input_ids"]) > 1:
+            raise RuntimeError("out of memory")
+        return original(**inputs)
+
+    rows, options = with_choices(build_samples(3)), {"conditions": ("given", "none")}
+    expected = evaluate_questions(model, encode, rows, **options)
+    model.forward = forward
+    try:
+        result = evaluate_questions(model, encode, rows, batch_size=3, **options)
+    finally:
+        del model.forward
+    assert sizes == [3, 1, 1, 1] * 2
+    assert result.replies == expected.replies
 
 
 def test_replies_are_cached_per_model(trained_models, tmp_path):

@@ -52,7 +52,7 @@ def evaluate_parser() -> Parser:
         "--metric", choices=("exact", "normalized", "choice"), default=None, help="own questions: generated answers"
     )
     parser.add_argument("--max_new_tokens", type=whole, default=16, help="own questions: length limit of answers")
-    parser.add_argument("--batch_size", type=whole, default=1, help="own questions: choices in one forward pass")
+    parser.add_argument("--batch_size", type=whole, default=1, help="own questions: questions in one forward pass")
     parser.add_argument("--seed", type=int, default=0, help="own questions: of the images of other questions")
     parser.add_argument("--device", default=None, help="cpu, cuda, ...; an accelerator if available by default")
     parser.add_argument("--dtype", default=None, help="data type of a generative model; auto by default")

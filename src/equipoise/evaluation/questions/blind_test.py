@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -99,8 +99,12 @@ def blind(
     metric_name, score = scoring_for(metric, questions)
     sources = MediaConditions(questions, seed, other="other" in chosen)
 
-    def ask(question: MediaQuestion, condition: str, media: Media, text: str) -> Reply:
-        return call_with_retries(lambda: target(as_argument(media), text), retries=retries, wait=wait, timeout=timeout)
+    def ask(calls: list[Call]) -> list[Reply]:
+        return [
+            call_with_retries(
+                lambda one=one: target(as_argument(one.media), one.prompt), retries=retries, wait=wait, timeout=timeout
+            ) for one in calls
+        ]  # fmt: skip
 
     replies = ask_all(
         ask, questions, chosen, sources, CallJournal(journal), progress,
@@ -136,46 +140,72 @@ def result_of(
     return QuestionResult(questions, conditions, texts, scores, errors, metric, name, extra or {})
 
 
+class Call(NamedTuple):
+    """A question to be asked.
+
+    Attributes:
+        question: the question.
+        condition: name of the condition.
+        media: its media under the condition.
+        prompt: the text for the target.
+    """
+
+    question: MediaQuestion
+    condition: str
+    media: Media
+    prompt: str
+
+
 def ask_all(
-    ask: Callable[[MediaQuestion, str, Media, str], Reply], questions: Sequence[MediaQuestion],
-    conditions: Sequence[str], sources: MediaConditions, journal: CallJournal, progress: Callable[[int, int], None], *,
-    prompt: Callable[[MediaQuestion], str] | None = None, workers: int = 1, identity: str = "", who: str = "blind",
+    ask: Callable[[list[Call]], list[Reply]], questions: Sequence[MediaQuestion], conditions: Sequence[str],
+    sources: MediaConditions, journal: CallJournal, progress: Callable[[int, int], None], *,
+    prompt: Callable[[MediaQuestion], str] | None = None, workers: int = 1, batch_size: int = 1, identity: str = "",
+    who: str = "blind",
 ) -> dict[tuple[str, int], Reply]:  # fmt: skip
     """Asks all questions under all conditions for which the journal has no reply.
 
     Args:
-        ask: (question, condition, media, prompt) -> reply.
+        ask: calls under one condition -> their replies.
+        batch_size: number of calls that are asked together.
         identity: of the target; replies of another one in the same journal do not count.
 
     Raises:
         DataError: ``STOP_AFTER`` calls failed one after the other.
     """
-    tasks = [(condition, index) for index in range(len(questions)) for condition in conditions]
+    count = len(questions)
+    groups = [
+        [(condition, index) for index in range(start, min(start + batch_size, count))]
+        for start in range(0, count, batch_size)
+        for condition in conditions
+    ]
     failures, done = 0, 0
     error = ""
 
-    def reply_to(task: tuple[str, int]) -> Reply:
-        condition, index = task
-        question = questions[index]
-        media = sources.media(question, condition)
-        text = question.prompt if prompt is None else prompt(question)
-        key = journal_key(index, text, f"{identity}{condition}", media)
-        reply = journal.get(key)
-        if reply is None:
-            reply = ask(question, condition, media, text)
-            journal.add(key, reply)
-        return reply
+    def replies_to(group: list[tuple[str, int]]) -> list[Reply]:
+        calls = []
+        for condition, index in group:
+            question = questions[index]
+            text = question.prompt if prompt is None else prompt(question)
+            calls.append(Call(question, condition, sources.media(question, condition), text))
+        keys = [journal_key(one.question.index, one.prompt, f"{identity}{one.condition}", one.media) for one in calls]
+        known = [journal.get(key) for key in keys]
+        missing = [index for index, reply in enumerate(known) if reply is None]
+        for index, reply in zip(missing, ask([calls[index] for index in missing]) if missing else (), strict=True):
+            journal.add(keys[index], reply)
+            known[index] = reply
+        return known  # type: ignore[return-value]
 
     replies: dict[tuple[str, int], Reply] = {}
     with ThreadPoolExecutor(workers) as pool:
         # Calls run in this thread unless several are wanted, so that a target need not be safe for threads.
-        results = map(reply_to, tasks) if workers == 1 else pool.map(reply_to, tasks)
+        results = map(replies_to, groups) if workers == 1 else pool.map(replies_to, groups)
         try:
-            for task, reply in zip(tasks, results, strict=True):
-                replies[task] = reply
-                done, failures = done + 1, 0 if reply.text is not None else failures + 1
-                error = reply.error or error
-                progress(done, len(tasks))
+            for group, group_replies in zip(groups, results, strict=True):
+                for task, reply in zip(group, group_replies, strict=True):
+                    replies[task] = reply
+                    done, failures = done + 1, 0 if reply.text is not None else failures + 1
+                    error = reply.error or error
+                    progress(done, count * len(conditions))
                 if failures >= STOP_AFTER:
                     raise DataError(
                         who,

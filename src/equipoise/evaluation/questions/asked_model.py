@@ -1,0 +1,193 @@
+"""``AskedModel``: answers batches of questions with a Hugging Face model, by likelihood or by generation."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...diagnostics.interventions import without_modality
+from ...errors import DataError, EquipoiseError
+from ...inspection.prompt_inputs import Inputs, complete_inputs, placeholders, prompt_encoder, tokenizer_of
+from ...recording import watch
+from .blind_test import Call
+from .call_journal import Reply
+from .question_batches import equal_groups, join_inputs, layout
+from .question_set import MediaQuestion
+
+FIELD = {"image": "images", "audio": "audio"}
+SAMPLE_ERRORS = (RuntimeError, ValueError, TypeError, IndexError, KeyError, OSError)
+"""Errors of a sample that the processor or the model cannot take, which do not end the evaluation."""
+
+
+class ScoredRow(NamedTuple):
+    """A row of a batch whose likelihoods are needed.
+
+    Attributes:
+        inputs: inputs of one sample, which may end with an answer.
+        start: position of the query that predicts the first token of the answer.
+        call: index of the call.
+        answers: choice -> token ids (1, token) of the answers that the row scores.
+    """
+
+    inputs: Inputs
+    start: int
+    call: int
+    answers: dict[int, Tensor]
+
+
+class AskedModel:
+    """Answers questions by likelihood or by generation.
+
+    Args:
+        model, processor: a transformers model and its processor.
+        max_new_tokens: maximum length of generated answers.
+        batch_size: number of rows in one forward pass.
+        by_likelihood: whether the most likely choice is the reply, instead of a generated text.
+    """
+
+    def __init__(self, model: Any, processor: Any, max_new_tokens: int, batch_size: int, by_likelihood: bool) -> None:
+        self.model, self.processor, self.tokenizer = model, processor, tokenizer_of(processor)
+        self.max_new_tokens, self.batch_size, self.by_likelihood = max_new_tokens, batch_size, by_likelihood
+        self._given: dict[int, Inputs] = {}
+
+    def replies(self, calls: list[Call]) -> list[Reply]:
+        """Answers questions under one condition; if a batch fails, each question on its own."""
+        try:
+            return self._replies(calls)
+        except EquipoiseError:
+            raise
+        except SAMPLE_ERRORS as error:
+            if len(calls) == 1:
+                return [Reply(None, f"{type(error).__name__}: {error}"[:500])]
+            return [reply for one in calls for reply in self.replies([one])]
+
+    def _replies(self, calls: list[Call]) -> list[Reply]:
+        inputs = [self._encoded(one) for one in calls]
+        kinds = sorted({name for one in calls for name, _ in one.media})
+        hidden = calls[0].condition == "hidden"
+        block: AbstractContextManager[Any] = without_modality(self.model, kinds) if hidden else nullcontext()
+        recorded = kinds if calls[0].condition == "given" else []
+        answer = self._most_likely if self.by_likelihood else self._generated
+        with block:
+            texts, shares = answer(calls, inputs, recorded)
+        return [
+            Reply(text, extra={"attention_share": share} if recorded else {})
+            for text, share in zip(texts, shares, strict=True)
+        ]
+
+    def _encoded(self, call: Call) -> Inputs:
+        index = call.question.index
+        if call.condition == "hidden" and index in self._given:
+            return self._given.pop(index)
+        groups: dict[str, list[Any]] = {}
+        for name, value in call.media:
+            groups.setdefault(FIELD[name], []).append(value)
+        _, encode = prompt_encoder(self.model, self.processor, call.prompt, groups)
+        inputs = encode(groups)
+        if call.condition == "given":
+            if len(self._given) >= self.batch_size:
+                self._given.clear()
+            self._given[index] = inputs
+        return inputs
+
+    def _most_likely(
+        self, calls: list[Call], inputs: list[Inputs], kinds: list[str]
+    ) -> tuple[list[str], list[float | None]]:
+        rows = [row for index, one in enumerate(calls) for row in self._rows(index, inputs[index], one.question)]
+        scores = [[0.0] * len(one.question.choices) for one in calls]
+        shares: list[float | None] = [None] * len(calls)
+        for group in equal_groups([layout(row.inputs) for row in rows], self.batch_size):
+            some = [rows[index] for index in group]
+            batch = join_inputs([row.inputs for row in some], self._padding)
+            with self._watch(batch, [row.start for row in some], kinds) as record:
+                logits = self.model(**batch).logits
+            for place, row in enumerate(some):
+                shares[row.call] = _share(record, kinds, place)
+                for choice, answer in row.answers.items():
+                    count = answer.shape[1]
+                    likely = logits[place, row.start : row.start + count].float().log_softmax(dim=-1)
+                    value = likely.gather(1, answer[0, :, None].to(likely.device)).double().mean()
+                    scores[row.call][choice] = float(value)
+        if any(value != value for one in scores for value in one):
+            raise ValueError("the log-likelihood of a choice is NaN")
+        texts = [
+            one.question.choices[max(range(len(values)), key=lambda n: values[n])]
+            for one, values in zip(calls, scores, strict=True)
+        ]
+        return texts, shares
+
+    def _rows(self, index: int, inputs: Inputs, question: MediaQuestion) -> list[ScoredRow]:
+        answers = [self._choice_tokens(text, question) for text in question.choices]
+        start = inputs["input_ids"].shape[1] - 1
+        if all(ids.shape[1] == 1 for ids in answers):
+            # One row without an answer has the likelihoods of all choices.
+            return [ScoredRow(inputs, start, index, dict(enumerate(answers)))]
+        complete = [complete_inputs(inputs, ids, self.model.config.model_type) for ids in answers]
+        return [ScoredRow(one, start, index, {n: answers[n]}) for n, one in enumerate(complete)]
+
+    def _generated(
+        self, calls: list[Call], inputs: list[Inputs], kinds: list[str]
+    ) -> tuple[list[str], list[float | None]]:
+        greedy = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
+        options = {"max_new_tokens": self.max_new_tokens, "suppress_tokens": placeholders(self.model.config) or None}
+        texts, shares = [""] * len(calls), [None] * len(calls)
+        for group in equal_groups([layout(one) for one in inputs], self.batch_size):
+            batch = join_inputs([inputs[index] for index in group], self._padding, left=True)
+            if len(group) > 1:
+                options["pad_token_id"] = self._padding
+            with self._watch(batch, None, kinds) as record:
+                output = self.model.generate(**batch, **options, **greedy)
+            answers = output[:, batch["input_ids"].shape[1] :]
+            for place, index in enumerate(group):
+                texts[index] = self.tokenizer.decode(answers[place], skip_special_tokens=True).strip()
+                shares[index] = _share(record, kinds, place)  # type: ignore[call-overload]
+        return texts, shares  # type: ignore[return-value]
+
+    def _watch(self, batch: Inputs, starts: list[int] | None, kinds: list[str]) -> AbstractContextManager[Any]:
+        """Records the attention of the queries that predict the first token, or of all that generate the answer."""
+        if not kinds:
+            return nullcontext()
+        if starts is None:
+            return _quiet_watch(self.model, "last")
+        chosen = torch.zeros_like(batch["input_ids"], dtype=torch.bool)
+        chosen[torch.arange(len(starts)), torch.tensor(starts)] = True
+        return _quiet_watch(self.model, chosen)
+
+    @property
+    def _padding(self) -> int:
+        for name in ("pad_token_id", "eos_token_id"):
+            if isinstance(number := getattr(self.tokenizer, name, None), int):
+                return number
+        return 0
+
+    def _choice_tokens(self, text: str, question: MediaQuestion) -> Tensor:
+        encoded = self.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"].long()
+        if not encoded.shape[1] or set(placeholders(self.model.config)) & set(encoded[0].tolist()):
+            raise DataError(
+                f"evaluate sample {question.index}", expected="choices of at least one token without placeholders",
+                got=repr(text),
+            )  # fmt: skip
+        return encoded
+
+
+@contextmanager
+def _quiet_watch(model: Any, queries: Any) -> Iterator[Any]:
+    """``watch`` without warnings about layers that cannot be recorded, which do not count."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with watch(model, queries=queries) as record:
+            yield record
+
+
+def _share(record: Any, kinds: Sequence[str], sample: int) -> float | None:
+    """Share of attention on the media of a sample, mean over layers and heads."""
+    if record is None or not record.layers or not set(kinds) <= set(record.names):
+        return None
+    columns = [record.names.index(name) for name in kinds]
+    shares = [float(record.share(layer)[sample][..., columns].sum(dim=-1).mean()) for layer in record.layers]
+    return sum(shares) / len(shares)
