@@ -157,14 +157,14 @@ def test_changed_recipe_is_rerun(tmp_path):
 
 @pytest.mark.parametrize("error", [DataError("sample 3", expected="sound", got="silence"), ZeroDivisionError("odd")])
 def test_one_failure_does_not_stop_the_others(error, tmp_path, monkeypatch):
-    real = experiment._fit
+    real = experiment.fit_model
 
     def fails(model, balancers, job, *rest):
         if job.method == "joint":
             raise error
         return real(model, balancers, job, *rest)
 
-    monkeypatch.setattr(experiment, "_fit", fails)
+    monkeypatch.setattr(experiment, "fit_model", fails)
     content = compare(recipe(epochs=1), ["joint", "concat"], seeds=1, out=tmp_path, workers=0)
     assert [run["method"] for run in content["runs"]] == ["concat"]
     assert content["complete"] is False
