@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 
@@ -239,12 +239,14 @@ class MethodStudy:
         atomic_write(self.folder / "trials.csv", text.getvalue())
 
 
-def _objective(recipe: Recipe, fold: str | None) -> tuple[str, str]:
+def _objective(recipe: Recipe, fold: str | None) -> tuple[str, Literal["maximize", "minimize"]]:
     """Returns the name of the validation metric, and "maximize" or "minimize"."""
     if recipe.model:
         return "val_loss", "minimize"
-    name = recipe.metrics[0] if recipe.metrics else SCORES[load_run_dataset(recipe, fold).task]
-    higher = name in SCORES.values() or find_metric(name).higher
+    task = load_run_dataset(recipe, fold).task
+    name = recipe.metrics[0] if recipe.metrics else SCORES[task]
+    metric = None if name in SCORES.values() else find_metric(name, task, "compare --search")
+    higher = metric is None or metric.higher
     return f"val_{name}", "maximize" if higher else "minimize"
 
 

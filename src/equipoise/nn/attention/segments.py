@@ -155,7 +155,7 @@ class SegmentedAttention(torch.autograd.Function):
 
 def _only_run(groups: Sequence[Group], key: HeadTensor) -> Run | None:
     """Returns the run of all keys if there is a single one."""
-    if len(groups) > 1 or len(groups[0].runs) > 1 or groups[0].order is not None or groups[0].strays is not None:
+    if len(groups) > 1 or len(groups[0].runs) != 1 or groups[0].order is not None or groups[0].strays is not None:
         return None
     (run,) = groups[0].runs
     return run if (run.start, run.stop) == (0, key.shape[2]) and groups[0].samples == slice(None) else None
