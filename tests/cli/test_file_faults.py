@@ -496,7 +496,7 @@ def test_closed_output_pipe():
     assert process.wait(timeout=120) in (0, 1)
 
 
-@pytest.mark.parametrize("moment", ["imports", "work"])
+@pytest.mark.parametrize("moment", ["imports", pytest.param("work", marks=pytest.mark.slow)])
 def test_ctrl_c_during_startup(moment, tmp_path):
     process = start_program(
         "compare", "--config", "digits", "--workers", "0", "--out", tmp_path / "o",

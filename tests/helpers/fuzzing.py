@@ -26,7 +26,7 @@ from equipoise.data.sets.spoken_digits_files import read_wav
 from equipoise.diagnostics.suite import Diagnosis
 from equipoise.errors import EquipoiseError
 from equipoise.training import compare, load, recipes
-from equipoise.training.comparison import _check, plan_runs
+from equipoise.training.comparison import check_runs, plan_runs
 from helpers.runs import recipe, write_recipe
 from helpers.search import build_dual_encoder, write_run
 
@@ -248,7 +248,7 @@ def a_recipe(world, here, damage):
 
     def act():
         config = recipes.load_recipe(path)
-        _check(plan_runs(config, config.methods, config.seeds, config.folds), "cpu")
+        check_runs(plan_runs(config, config.methods, config.seeds, config.folds), "cpu")
 
     return act
 

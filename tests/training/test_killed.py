@@ -97,6 +97,7 @@ def test_train_killed_three_times(uninterrupted_results, tmp_path):
     assert reproducible_metrics(result_rows.load_results(out)["runs"][0]) == reproducible_metrics(full)
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_compare(tmp_path):
     """The whole group hears it, as from a terminal, while workers still import and have not said that they are deaf."""
     config, out = write_recipe(tmp_path / "r.yaml", recipe(epochs=LONG)), tmp_path / "out"
@@ -113,6 +114,7 @@ def test_ctrl_c_in_compare(tmp_path):
     assert result_rows.load_results(out)["complete"] is False
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 def test_ctrl_c_in_compare_while_workers_train(tmp_path):
     config, out = write_recipe(tmp_path / "r.yaml", recipe(epochs=LONG)), tmp_path / "out"
