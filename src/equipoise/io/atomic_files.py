@@ -128,7 +128,7 @@ def check_folder(folder: Path, who: str) -> None:
     for directory, folders, files in os.walk(folder):
         for name in (*folders, *files):
             path = Path(directory, name)
-            if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
+            if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
                 raise ConfigError(
                     who, expected=f"no links to the outside in '{folder}', so that nothing is written elsewhere",
                     got=f"the link '{path}'", fix="Replace it with what it leads to, or choose another --out.",
