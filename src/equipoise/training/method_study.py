@@ -66,6 +66,8 @@ class MethodStudy:
         ConfigError: an unknown option or method, no option with an effect, or a method that needs teachers.
     """
 
+    direction: Literal["maximize", "minimize"]
+
     def __init__(
         self, recipe: Recipe, name: str, options: Sequence[SearchedOption], seed: int, fold: str | None,
         accelerator: str, folder: Path,
