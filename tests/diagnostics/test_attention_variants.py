@@ -101,6 +101,27 @@ def test_sink_redistribution(least, monkeypatch):
     assert not torch.allclose(changed[valid], plain[valid], atol=1e-4)
 
 
+def test_explicit_attention_matrices():
+    """A layer that computes its attention with softmax: the matrix is changed, or the reason is listed."""
+
+    class Layer(torch.nn.Module):
+        def forward(self, scores):
+            return scores.softmax(-1)
+
+    layer, scores = Layer(), torch.randn(2, 3, 5, 7, generator=torch.Generator().manual_seed(0))
+    known = {"modality": torch.tensor([0, 0, 0, 1, 1, 1, 1]), "names": ("text", "image")}
+    plain = scores.softmax(-1)
+    with redistribute_sinks(layer, [0], fraction=0.6, least=0.0, **known) as change:
+        weights = layer(scores)
+    assert len(change.changed) == 1
+    torch.testing.assert_close(weights[..., 0], 0.4 * plain[..., 0], **CLOSE)
+    torch.testing.assert_close(weights[..., 1:3], plain[..., 1:3], **CLOSE)
+    gain = 1 + 0.6 * plain[..., :1] / plain[..., 3:].sum(-1, keepdim=True)
+    torch.testing.assert_close(weights[..., 3:], gain * plain[..., 3:], **CLOSE)
+    with pytest.raises(ConfigError, match="not known"), pai(layer, **known):
+        layer(scores)
+
+
 def test_contrastive_decoding():
     model, inputs = family("llava")
     inputs = {name: value[:1] for name, value in inputs.items()}

@@ -35,6 +35,35 @@ class AttentionChange(Protocol):
         ...
 
 
+class ModalityCallChange:
+    """Base class of changes of an attention call that depend on the keys of one modality.
+
+    Attributes:
+        name: the modality.
+    """
+
+    name: str
+
+    @property
+    def what(self) -> str:
+        return f"to several modalities, with keys of '{self.name}'"
+
+    def check(self, names: Sequence[str], who: str) -> None:
+        if self.name not in names:
+            raise unknown_name(who, "modality", self.name, names)
+
+    def output(self, call: AttentionCall, known: LabeledKeys) -> Tensor | str | None:
+        """Returns the output of the changed call, or its attention matrix if the model computes one explicitly."""
+        changed = self.changed(call, known)
+        if changed is None or isinstance(changed, str):
+            return changed
+        return attention_output(changed) if changed.attention is None else changed.attention
+
+    def changed(self, call: AttentionCall, known: LabeledKeys) -> AttentionCall | str | None:
+        """Returns the changed call, the reason why it cannot be changed, or None if there is nothing to change."""
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
 class MaskModality:
     """Takes the softmax over the keys of all other modalities.

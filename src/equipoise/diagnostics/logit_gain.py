@@ -10,37 +10,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError, unknown_name
+from ..errors import ConfigError
 from ..recording import AttentionCall, LabeledKeys
-from ..recording.share_measurement import attention_output
 from ..recording.token_labels import recorded_rows
+from .attention_changes import ModalityCallChange
 from .interventions import Intervention, Labels, checked_intervention
 from .logit_offsets import add_to_scores
 
 
 @dataclass(frozen=True)
-class LogitGain:
+class LogitGain(ModalityCallChange):
     """The change of ``pai``: s_ij + alpha |s_ij| for the keys j of a modality and the last query i."""
 
     alpha: float
     name: str
     queries: str | Tensor = "last"
 
-    @property
-    def what(self) -> str:
-        return f"to several modalities, with keys of '{self.name}'"
-
-    def check(self, names: Sequence[str], who: str) -> None:
-        if self.name not in names:
-            raise unknown_name(who, "modality", self.name, names)
-
-    def output(self, call: AttentionCall, known: LabeledKeys) -> Tensor | str | None:
-        """Returns the changed output, the reason why it cannot be changed, or None if there is nothing to change."""
-        changed = self.changed(call, known)
-        return changed if changed is None or isinstance(changed, str) else attention_output(changed)
-
     def changed(self, call: AttentionCall, known: LabeledKeys) -> AttentionCall | str | None:
-        """Returns the changed attention, or as ``output``."""
         batch, _, rows, keys = call.sizes
         members = known.keys.cpu().expand(batch, keys) == known.names.index(self.name)
         if not bool(members.any()) or self.alpha == 0:
@@ -50,9 +36,7 @@ class LogitGain:
         chosen = recorded_rows(self.queries, call, known)
         if chosen is None or isinstance(chosen, str):
             return chosen
-        weight = chosen.weight
-        if chosen.index is not None:
-            weight = weight.new_zeros(batch, rows).scatter(1, chosen.index, weight)
+        weight = chosen.by_query(rows)
         exact = torch.promote_types(call.query.dtype, torch.float32)
         group = call.query.shape[1] // call.key.shape[1]
         scale = call.query.shape[-1] ** -0.5 if call.scale is None else call.scale

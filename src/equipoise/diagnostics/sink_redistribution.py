@@ -7,12 +7,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..errors import ConfigError, unknown_name
+from ..errors import ConfigError
 from ..recording import AttentionCall, LabeledKeys
 from ..recording.attention_call import KeyOffsets
-from ..recording.share_measurement import attention_output, measure_share
+from ..recording.share_measurement import measure_share
+from .attention_changes import ModalityCallChange
 from .interventions import Intervention, Labels, checked_intervention
 from .logit_offsets import add_offsets
 
@@ -20,7 +21,7 @@ SINK, IMAGE, OTHER = range(3)
 
 
 @dataclass(frozen=True)
-class SinkBudget:
+class SinkBudget(ModalityCallChange):
     """The change of ``redistribute_sinks``."""
 
     sinks: tuple[int, ...]
@@ -28,21 +29,7 @@ class SinkBudget:
     least: float
     name: str
 
-    @property
-    def what(self) -> str:
-        return f"to several modalities, with keys of '{self.name}'"
-
-    def check(self, names: Sequence[str], who: str) -> None:
-        if self.name not in names:
-            raise unknown_name(who, "modality", self.name, names)
-
-    def output(self, call: AttentionCall, known: LabeledKeys) -> Tensor | str | None:
-        """Returns the changed output, the reason why it cannot be changed, or None if there is nothing to change."""
-        changed = self.changed(call, known)
-        return changed if changed is None or isinstance(changed, str) else attention_output(changed)
-
     def changed(self, call: AttentionCall, known: LabeledKeys) -> AttentionCall | str | None:
-        """Returns the changed attention, or as ``output``."""
         batch, _, _, keys = call.sizes
         image = known.keys.cpu().expand(batch, keys) == known.names.index(self.name)
         sink = torch.zeros(keys, dtype=torch.bool)

@@ -92,7 +92,7 @@ class LogitOffsets:
     def _selected(
         self, layer: str, call: AttentionCall, known: LabeledKeys
     ) -> Bool[Tensor, "#batch #head #query"] | str | None:
-        batch, heads, rows, _ = call.sizes
+        _, heads, rows, _ = call.sizes
         device = call.query.device
         selected = torch.ones(1, 1, 1, dtype=torch.bool, device=device)
         if (indices := heads_of(self.heads, layer)) is not None:
@@ -110,10 +110,7 @@ class LogitOffsets:
         chosen = recorded_rows(self.queries, call, known)
         if chosen is None or isinstance(chosen, str):
             return chosen
-        weight = chosen.weight
-        if chosen.index is not None:
-            weight = weight.new_zeros(batch, rows).scatter(1, chosen.index, weight)
-        return selected & (weight > 0)[:, None]
+        return selected & (chosen.by_query(rows) > 0)[:, None]
 
 
 class Steering(Intervention):

@@ -133,6 +133,12 @@ class QueryRows(NamedTuple):
     weight: Float[Tensor, "batch n"]
     index: Int[Tensor, "batch n"] | None = None
 
+    def by_query(self, rows: int) -> Float[Tensor, "batch query"]:
+        """Returns the weight of each of all ``rows`` queries: 0 for those that are not recorded."""
+        if self.index is None:
+            return self.weight
+        return self.weight.new_zeros(len(self.index), rows).scatter(1, self.index, self.weight)
+
 
 GATHER_THRESHOLD = 4
 """Gather the selected queries if fewer than one in this many is selected."""
