@@ -2,6 +2,7 @@
 
 import csv
 import os
+from dataclasses import replace
 
 import pytest
 
@@ -9,6 +10,7 @@ from equipoise.errors import ConfigError
 from equipoise.results import result_rows
 from equipoise.training import recipes, run
 from equipoise.training.hyperparameter_search import search
+from equipoise.training.method_study import MethodStudy
 from equipoise.training.search_space import SearchedOption, parse_searched_option
 from helpers.runs import Forked, metrics_by_run, recipe, write_recipe
 from helpers.waiting import wait_until
@@ -113,6 +115,21 @@ def test_errors_before_the_first_trial(method, texts, got, tmp_path):
     with pytest.raises(ConfigError, match=got):
         search(recipe(), [method], options, trials=2, out=tmp_path)
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("task", "metrics", "objective"),
+    [
+        ("classification", [], ("val_accuracy", "maximize")),
+        ("classification", ["f1_macro"], ("val_f1_macro", "maximize")),
+        ("regression", [], ("val_negative_error", "maximize")), ("regression", ["mae"], ("val_mae", "minimize")),
+    ],
+)  # fmt: skip
+def test_errors_are_minimized(task, metrics, objective, tmp_path):
+    chosen = replace(recipes.load_recipe("generated"), metrics=metrics)
+    chosen = replace(chosen, data={**chosen.data, "task": task})
+    study = MethodStudy(chosen, "concat", OPTIONS[:1], 0, None, "cpu", tmp_path)
+    assert (study.metric, study.direction) == objective
 
 
 @pytest.mark.parametrize(
