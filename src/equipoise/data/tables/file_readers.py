@@ -191,7 +191,7 @@ class AudioReader(FileReader):
 class ImageReader(FileReader):
     """Images (3, size, size), standardized per channel.
 
-    With the options ``mean`` and ``std``, they are those of pixels in [0, 1], as for a pretrained encoder.
+    The options ``mean`` and ``std``, of pixels in [0, 1], replace the statistics of the training split.
     """
 
     feature_dim = 0

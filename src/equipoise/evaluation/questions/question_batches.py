@@ -43,9 +43,7 @@ def join_inputs(rows: Sequence[Inputs], padding: int, *, left: bool = False) -> 
 
 
 def layout(inputs: Inputs) -> tuple[Any, ...]:
-    """Returns what two samples must share so that they can be joined: their inputs, and all sizes but the length of
-    the text and the number of images.
-    """
+    """Returns what samples need in common to be joined: inputs, and sizes except text length and number of images."""
     parts = []
     for name, value in sorted(inputs.items()):
         if _is_sequence(name, inputs):
