@@ -46,6 +46,17 @@ def test_mid_epoch_resume_is_exact(tmp_path):
         assert again.get(name) == run.get(name), name
 
 
+def test_gradient_checkpointing_does_not_change_the_result(tmp_path):
+    plain, other = tmp_path / "plain", tmp_path / "checkpointed"
+    small = recipe().with_train(epochs=1, batch_size=100)
+    job, same = (
+        RunSpec(one, "joint+rollingq", seed=0) for one in (small, small.with_train(gradient_checkpointing=True))
+    )
+    assert job.fingerprint() == same.fingerprint()
+    assert execute_run(job, plain)["history"] == execute_run(same, other)["history"]
+    assert_same_weights(weights(plain), weights(other))
+
+
 def test_sampler_skips_the_used_batches_of_one_epoch():
     sampler = ResumableBatchSampler(10, 3, seed=0, shuffle=True)
     sampler.set_epoch(1)

@@ -17,7 +17,8 @@ HELP = """options of the recipe, which replace its values:
   --data.OPTION VALUE            of the data set; --data.name is its name
   --encoders.MODALITY.OPTION     of one encoder; also --fusions.NAME., --balancers.NAME., --variants.NAME.
   --train.OPTION VALUE           of the training: epochs, batch_size, learning_rate, weight_decay, warmup, optimizer,
-                                 momentum, clip, accumulate, precision, unimodal, workers, checkpoint_steps
+                                 momentum, clip, accumulate, precision, unimodal, workers, checkpoint_steps,
+                                 gradient_checkpointing
   --model.OPTION VALUE           of a self-contained model
   --noise_modality NAME, --reference METHOD
 VALUE is written as in a recipe: 0.3, true, null, a string, [1, 2], '{dim: 32, depth: 1}'"""

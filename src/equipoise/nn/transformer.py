@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError, ShapeError
 from ..tokens.masks import bool_mask, finite_masked, zero_masked
 from .attention import Attended, attend
+from .gradient_checkpointing import CheckpointedLayer
 
 
 class AttentionCore(nn.Module):
@@ -151,7 +152,7 @@ class Attention(nn.Module):
         return x.unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)
 
 
-class Block(nn.Module):
+class Block(CheckpointedLayer):
     """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x)); 12 d^2 + 13 d parameters at ratio 4.
 
     Args:
@@ -201,7 +202,7 @@ class Block(nn.Module):
         return Attended(tokens + self.mlp(self.norm_mlp(tokens)), attended.share)
 
 
-class PostNormAttention(nn.Module):
+class PostNormAttention(CheckpointedLayer):
     """norm(x + attention(x, source)): 4 (d^2 + d) + 2 d parameters.
 
     Args:
@@ -229,7 +230,7 @@ class PostNormAttention(nn.Module):
         return self.norm(tokens + self.attention(tokens, source, mask=mask, modality=modality, share=False).output)
 
 
-class PostNormBlock(nn.Module):
+class PostNormBlock(CheckpointedLayer):
     """Post-norm transformer block: norm(x + attention(x)), then norm(x + mlp(x)); ReLU inside.
 
     Args:

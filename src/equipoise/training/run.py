@@ -34,6 +34,7 @@ from ..io.class_registry import instantiate
 from ..models.fusion_model import FusionModel
 from ..models.self_contained import SelfContainedModel
 from ..nn.distributed import is_distributed
+from ..nn.gradient_checkpointing import enable_gradient_checkpointing
 from ..reliability import Reliability
 from ..results.result_rows import RunResult
 from . import method_factory, recipes
@@ -212,6 +213,8 @@ def fit_model(
     """
     limits = limits or {}
     options = recipe.train
+    if options.gradient_checkpointing:
+        enable_gradient_checkpointing(model)
     training = (
         SelfContainedTraining(model, options, seed=job.seed)
         if isinstance(model, SelfContainedModel)

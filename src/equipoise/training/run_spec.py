@@ -38,7 +38,7 @@ class RunSpec:
         content["data"].pop("root", None)
         if content["data"].get("checksum"):
             content["data"].pop("path")
-        for name in ("workers", "checkpoint_steps"):
+        for name in ("workers", "checkpoint_steps", "gradient_checkpointing"):
             content["train"].pop(name)
         if not content["metrics"]:
             # Keep fingerprints compatible with runs made before `metrics` existed.

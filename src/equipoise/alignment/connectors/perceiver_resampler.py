@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ...errors import ConfigError, ShapeError
+from ...nn.gradient_checkpointing import CheckpointedLayer
 from ...nn.transformer import initialize_weights, learned_token
 from ...tokens.token_batch import SPECIAL, Tokens
 from .cross_width_attention import CrossWidthAttention, Media, concatenate_media
@@ -78,7 +79,7 @@ class Resampler(nn.Module):
         return self.norm(latents)
 
 
-class ResamplerLayer(nn.Module):
+class ResamplerLayer(CheckpointedLayer):
     """One layer of a ``Resampler``.
 
     Args:

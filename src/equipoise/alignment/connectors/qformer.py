@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from ...errors import ConfigError, ShapeError, unknown_name
+from ...nn.gradient_checkpointing import CheckpointedLayer
 from ...nn.transformer import Attention, feed_forward
 from ...tokens.masks import bool_mask
 from ...tokens.token_batch import Tokens, pack
@@ -209,7 +210,7 @@ class QFormer(nn.Module):
         return self.words(input_ids) + self.positions(position)
 
 
-class QFormerLayer(nn.Module):
+class QFormerLayer(CheckpointedLayer):
     """A layer: self-attention over [queries ; words], cross-attention of the queries, separate FFNs.
 
     Args:

@@ -69,6 +69,8 @@ class TrainOptions:
         workers: processes that read training batches in advance; the result does not depend on it.
         checkpoint_steps: also save a checkpoint every so many optimizer steps, from which training resumes in the
             middle of an epoch; None saves after every epoch only.
+        gradient_checkpointing: recompute the activations of each layer in the backward pass, which saves memory and
+            takes more time; the result does not change.
 
     Raises:
         ConfigError: a value has the wrong type, is out of range, or unknown.
@@ -91,6 +93,7 @@ class TrainOptions:
     unimodal: Literal["probe", "train", "ensemble", "none"] = "probe"
     workers: int = 0
     checkpoint_steps: int | None = None
+    gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():
