@@ -56,9 +56,9 @@ def enable_gradient_checkpointing(model: nn.Module) -> int:
     Example:
         >>> import equipoise as eq
         >>> encoders = {name: eq.encoders.SequenceEncoder(3, max_length=9, dim=8) for name in ("audio", "image")}
-        >>> model = eq.FusionModel(encoders, eq.fusion.JointAttention(8, depth=1), num_outputs=2)
+        >>> model = eq.FusionModel(encoders, eq.fusion.JointAttention(8), num_outputs=2)
         >>> enable_gradient_checkpointing(model)
-        5
+        4
     """
     units = list(_units(model))
     for enable in units:
