@@ -1,10 +1,10 @@
 """Cost of ``equipoise evaluate --data`` under all five conditions, relative to the questions as given.
 
     python benchmarks/evaluate.py                           # a minute
-    python benchmarks/evaluate.py --width 512 --layers 8 --questions 4 --rounds 1
+    python benchmarks/evaluate.py --width 512 --layers 8 --rounds 1
 
 A LLaVA with random weights (2 vision layers for 256 patches, by default 4 language layers of width 256), and
-8 questions with four choices of one token and an image of 224 x 224 each. ``plain`` is the loop without this library:
+24 questions with four choices of one token and an image of 224 x 224 each. ``plain`` is the loop without this library:
 processor, one forward pass and the logits of the choices for each question. ``given`` is ``evaluate_questions`` with
 conditions=("given",), which also records the share of attention, ``five`` is the default, and ``five, batches`` runs 4
 questions in one forward pass. CPU time of one thread; the variants alternate within each round, medians over rounds.
@@ -83,7 +83,7 @@ def peak(call: Any) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, value in (("width", 256), ("layers", 4), ("questions", 8), ("rounds", 2)):
+    for name, value in (("width", 256), ("layers", 4), ("questions", 24), ("rounds", 2)):
         parser.add_argument(f"--{name}", type=int, default=value)
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
+from .confirmed_labels import shared_in_block
 from .shared_patches import wrapped
 
 KINDS = {"_sample": "sample", "_beam_search": "beams", "_assisted_decoding": "assisted"}
@@ -153,7 +154,8 @@ def decoding_loops(session: Any) -> Iterator[None]:
     with ExitStack() as stack:
         done: set[tuple[type, str]] = set()
         # A model that contains the recorded one may generate, too.
-        for kind in (*{type(part) for part in session.model.modules()}, _mixin()):
+        kinds = shared_in_block(session.model, "kinds", lambda: {type(part) for part in session.model.modules()})
+        for kind in (*kinds, _mixin()):
             for owner, name, wrapper in _methods_to_patch(session, kind):
                 if (owner, name) not in done:
                     done.add((owner, name))

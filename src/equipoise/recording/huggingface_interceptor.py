@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .attention_call import AttentionCall
-from .recording_session import RecordingSession
+from .recording_session import INTERFACE, RecordingSession
 from .shared_patches import wrapped
 
 
@@ -59,7 +59,7 @@ def _intercepted(session: RecordingSession, function: Callable[..., Any], backen
             )
             return outputs[0], weights if usable else None
 
-        output = session.intercept(call, module, f"transformers, {backend or 'eager'}", run)
+        output = session.intercept(call, module, f"{INTERFACE}{backend or 'eager'}", run)
         return (output.transpose(1, 2).contiguous(), None) if isinstance(output, Tensor) else output
 
     attend.watched_by = session  # type: ignore[attr-defined]

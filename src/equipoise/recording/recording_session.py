@@ -16,12 +16,17 @@ from ..errors import unknown_name
 from .attention_call import AttentionCall
 from .changed_calls import collect_changes, current_change, report_change, show_change
 from .compiled_models import check_open, uncompiled
+from .confirmed_labels import shared_in_block
 from .encoder_submodules import unimodal_encoders
 from .generation_loops import UNKNOWN, Chosen, Loop, Step
 from .sequence_assignment import assign_queries
 from .thread_sessions import Threads
 from .token_labels import LabeledKeys, TokenLabeler
 
+INTERFACE = "transformers, "
+"""Start of the names of backends that are called through transformers' attention interface."""
+UNTRACED = (INTERFACE, "multihead")
+"""Start of the names of backends that are intercepted without following all operations."""
 Run = Callable[[], tuple[Any, Tensor | None]]
 """Computes the attention of the model: its output, and the attention matrix if the model builds one."""
 
@@ -64,15 +69,19 @@ class RecordingSession:
     def __init__(
         self, model: nn.Module, labeler: TokenLabeler, handler: AttentionHandler, *, layers: Sequence[str] | None = None
     ) -> None:
-        check_open(model)
+        shared_in_block(model, "open", lambda: check_open(model))
         # Compiled models have the names of the wrapped model.
-        self.names = {id(part): _plain(name) for name, part in model.named_modules()}
+        self.names: dict[int, str] = shared_in_block(
+            model, "names", lambda: {id(part): _plain(name) for name, part in model.named_modules()}
+        )
         self._check_layers(model, layers)
         self.model, self.labeler, self.handler, self._patterns = model, labeler, handler, layers
         self.suspended = 0
         """Re-entrancy counter: > 0 while an intercepted attention runs, so that nested calls are not recorded twice."""
         self.called = 0
-        self._encoders = unimodal_encoders(model)
+        self.untraced = True
+        """Whether all attention was intercepted in a way that does not need to follow all operations."""
+        self._encoders = shared_in_block(model, "encoders", lambda: unimodal_encoders(model))
         self._stack: list[nn.Module] = []
         self._times: dict[str, int] = {}
         self._loops: list[Loop] = []
@@ -126,6 +135,7 @@ class RecordingSession:
         if module is None or id(module) not in self.names or self.suspended or not self.in_recorded_thread():
             return
         layer = self._layer_name(module)
+        self.untraced = False
         if id(module) not in self._encoders and self._is_wanted(layer):
             self.handler.on_missing(layer, reason)
 
@@ -180,6 +190,7 @@ class RecordingSession:
             with self._silence():
                 return run()[0]
         labels = self.labeler.labeled(call, module)
+        self.untraced &= labels is None or backend.startswith(UNTRACED)
         layer = self._layer_name(module)
         if isinstance(labels, str) or (labels is not None and not labels.unimodal):
             layer = self._numbered(layer)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..errors import unknown_name
 from ..tokens.token_batch import SPECIAL
 from .attention_call import AttentionCall
+from .confirmed_labels import shared_in_block
 from .forward_inputs import bind_arguments, read_decoder_inputs, read_forward_inputs
 from .generation_loops import Loop
 from .key_origins import Origins
@@ -35,13 +36,26 @@ class TokenMap:
         root: a PreTrainedModel.
         modality: (key,) or (batch, key) labels of the prompt, from the user; generated tokens are text.
         names: modality names of the labels, from the user.
+        traced: whether labels are checked against the origin of the keys.
+
+    Attributes:
+        confirmed: whether labels were checked, and all of them agreed with the origin of the keys.
 
     Raises:
         ConfigError: without ``modality``, names that are not modalities of the model.
     """
 
-    def __init__(self, root: nn.Module, modality: Tensor | None = None, names: Sequence[str] | None = None) -> None:
+    def __init__(
+        self,
+        root: nn.Module,
+        modality: Tensor | None = None,
+        names: Sequence[str] | None = None,
+        *,
+        traced: bool = True,
+    ) -> None:
         self.root, self.given, self.parts = root, modality, Submodels(root)
+        self._traced = traced and modality is None
+        self._agreed: set[bool] = set()
         self.names = self.parts.modalities if names is None and modality is None else check_names(modality, names)
         for name in self.names if modality is None else ():
             if name not in (*ORDER, *self.parts.modalities):
@@ -90,7 +104,7 @@ class TokenMap:
             self._embedded = args[0] if args and isinstance(args[0], Tensor) and args[0].ndim == 2 else None
 
         with ExitStack() as stack:
-            for part in find_submodels(self.root):
+            for part in shared_in_block(self.root, "submodels", lambda: find_submodels(self.root)):
                 stack.callback(part.register_forward_pre_hook(begin, with_kwargs=True).remove)
                 stack.callback(part.register_forward_hook(end, always_call=True).remove)
                 if hasattr(type(part), "get_compiled_call"):
@@ -102,31 +116,38 @@ class TokenMap:
     @contextmanager
     def tracing(self, session: RecordingSession) -> Iterator[None]:
         """Traces all tensors from the inputs on, unless the user passes labels."""
-        if self.given is not None:
+        if not self._traced:
             yield
             return
         with self.origins.tracing(self.root):
             yield
+
+    @property
+    def confirmed(self) -> bool:
+        return self._agreed == {True}
 
     def labeled(self, call: AttentionCall, module: nn.Module) -> LabeledKeys | str | None:
         """Returns the labels that the inputs determine, checked against the origin of the keys."""
         if id(module) not in self.parts.paths:
             return None
         labels = self._labels_from_inputs(call, module)
-        if self.given is not None or torch._C._current_graph_task_id() != -1:
-            return labels
+        if not self._traced or torch._C._current_graph_task_id() != -1:
+            return self._with_samples(labels)
         visit = self._visits.get(id(module), 0)
         self._visits[id(module)] = visit + 1
         if self.origins.active:
             verdict = self._verdicts[id(module), visit] = self._origin_labels.check(
                 call, labels, untraced=self._untraced_embeddings
             )
+            self._agreed.add(verdict is KEEP)
         else:
             verdict = self._verdicts.get((id(module), visit), KEEP)
             if verdict is not KEEP:
                 verdict = self._origin_labels.extend(call, verdict)
-        labels = labels if verdict is KEEP else verdict
-        if isinstance(labels, LabeledKeys) and labels.constant is not None:
+        return self._with_samples(labels if verdict is KEEP else verdict)
+
+    def _with_samples(self, labels: LabeledKeys | str | None) -> LabeledKeys | str | None:
+        if isinstance(labels, LabeledKeys) and labels.constant is not None and self.given is None:
             labels = replace(labels, samples=self._samples)
         return labels
 
@@ -162,7 +183,7 @@ class TokenMap:
         )
         embeddings = arguments.get("inputs_embeds")
         self._untraced_embeddings = embeddings is not None and not self.origins.is_known(embeddings)
-        self.origins.active = self.given is None and not past
+        self.origins.active = self._traced and not past
         if not past:
             self._verdicts = {}
         if self.origins.active:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from jaxtyping import Bool, Int
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 from .attention_record import AttentionRecord
 from .composite_labeler import CompositeLabeler
+from .confirmed_labels import label_block
 from .encoder_submodules import unimodal_encoders
 from .equipoise_interceptor import has_own_layers, intercept_own_layers
 from .generation_loops import decoding_loops
@@ -111,6 +112,9 @@ def labels_for(
     if not isinstance(model, nn.Module):
         raise ConfigError("watch", expected="a torch.nn.Module", got=type(model).__name__)
     labels = None if modality is None else check_labels(modality)
+    if labels is None and names is None and (block := label_block(model)) is not None and block.confirmed:
+        token_map = block.shared("map", lambda: TokenMap(outermost_pretrained_models(model)[0], traced=False))
+        return token_map, (intercept_huggingface, intercept_multihead, decoding_loops), [token_map.following]
     adapted = next((part for part in model.modules() if hasattr(part, "key_labeler")), None)
     if adapted is not None and labels is None:
         # Foreign models of `eq.adapt`, which measure the labels of their keys.
@@ -145,5 +149,9 @@ def open_session(
     patterns = [layers] if isinstance(layers, str) else layers
     tracking = TrackingLabeler(labeler)
     session = RecordingSession(model, tracking, handler, layers=patterns)
-    with find_unrecorded_layers(session, tracking, handler, patterns), session.open(*interceptors, *observers):
+    if (block := label_block(model)) is not None:
+        block.sessions.append((labeler, session))
+    unrecorded = find_unrecorded_layers(session, tracking, handler, patterns)
+    known = block is not None and block.confirmed
+    with nullcontext() if known else unrecorded, session.open(*interceptors, *observers):
         yield session

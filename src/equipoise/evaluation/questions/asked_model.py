@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -13,9 +13,10 @@ from torch import Tensor
 from ...diagnostics.interventions import without_modality
 from ...errors import DataError, EquipoiseError
 from ...inspection.prompt_inputs import Inputs, complete_inputs, placeholders, prompt_encoder, tokenizer_of
-from ...recording import watch
+from ...recording import ConfirmedLabels, watch
 from .blind_test import Call
 from .call_journal import Reply
+from .feature_cache import FeatureCache
 from .question_batches import equal_groups, join_inputs, layout
 from .question_set import MediaQuestion
 
@@ -48,12 +49,17 @@ class AskedModel:
         max_new_tokens: maximum length of generated answers.
         batch_size: number of rows in one forward pass.
         by_likelihood: whether the most likely choice is the reply, instead of a generated text.
+
+    Attributes:
+        features: encoder outputs that conditions share while ``features.open()`` is entered.
     """
 
     def __init__(self, model: Any, processor: Any, max_new_tokens: int, batch_size: int, by_likelihood: bool) -> None:
         self.model, self.processor, self.tokenizer = model, processor, tokenizer_of(processor)
         self.max_new_tokens, self.batch_size, self.by_likelihood = max_new_tokens, batch_size, by_likelihood
         self._given: dict[int, Inputs] = {}
+        self._choices: dict[str, Tensor] = {}
+        self._labels, self.features = ConfirmedLabels(model), FeatureCache(model)
 
     def replies(self, calls: list[Call]) -> list[Reply]:
         """Answers questions under one condition; if a batch fails, each question on its own."""
@@ -69,12 +75,12 @@ class AskedModel:
     def _replies(self, calls: list[Call]) -> list[Reply]:
         inputs = [self._encoded(one) for one in calls]
         kinds = sorted({name for one in calls for name, _ in one.media})
-        hidden = calls[0].condition == "hidden"
-        block: AbstractContextManager[Any] = without_modality(self.model, kinds) if hidden else nullcontext()
         recorded = kinds if calls[0].condition == "given" else []
+        hidden = kinds if calls[0].condition == "hidden" else []
         answer = self._most_likely if self.by_likelihood else self._generated
-        with block:
-            texts, shares = answer(calls, inputs, recorded)
+        # Recorded passes run the encoder too.
+        with nullcontext() if recorded else self.features.reused(calls[0].condition):
+            texts, shares = answer(calls, inputs, recorded, hidden)
         return [
             Reply(text, extra={"attention_share": share} if recorded else {})
             for text, share in zip(texts, shares, strict=True)
@@ -96,7 +102,7 @@ class AskedModel:
         return inputs
 
     def _most_likely(
-        self, calls: list[Call], inputs: list[Inputs], kinds: list[str]
+        self, calls: list[Call], inputs: list[Inputs], kinds: list[str], hidden: list[str]
     ) -> tuple[list[str], list[float | None]]:
         rows = [row for index, one in enumerate(calls) for row in self._rows(index, inputs[index], one.question)]
         scores = [[0.0] * len(one.question.choices) for one in calls]
@@ -104,7 +110,7 @@ class AskedModel:
         for group in equal_groups([layout(row.inputs) for row in rows], self.batch_size):
             some = [rows[index] for index in group]
             batch = join_inputs([row.inputs for row in some], self._padding)
-            with self._watch(batch, [row.start for row in some], kinds) as record:
+            with self._attention(batch, [row.start for row in some], kinds, hidden) as record:
                 logits = self.model(**batch).logits
             for place, row in enumerate(some):
                 shares[row.call] = _share(record, kinds, place)
@@ -131,7 +137,7 @@ class AskedModel:
         return [ScoredRow(one, start, index, {n: answers[n]}) for n, one in enumerate(complete)]
 
     def _generated(
-        self, calls: list[Call], inputs: list[Inputs], kinds: list[str]
+        self, calls: list[Call], inputs: list[Inputs], kinds: list[str], hidden: list[str]
     ) -> tuple[list[str], list[float | None]]:
         greedy = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
         options = {"max_new_tokens": self.max_new_tokens, "suppress_tokens": placeholders(self.model.config) or None}
@@ -140,7 +146,7 @@ class AskedModel:
             batch = join_inputs([inputs[index] for index in group], self._padding, left=True)
             if len(group) > 1:
                 options["pad_token_id"] = self._padding
-            with self._watch(batch, None, kinds) as record:
+            with self._attention(batch, None, kinds, hidden) as record:
                 output = self.model.generate(**batch, **options, **greedy)
             answers = output[:, batch["input_ids"].shape[1] :]
             for place, index in enumerate(group):
@@ -148,15 +154,26 @@ class AskedModel:
                 shares[index] = _share(record, kinds, place)  # type: ignore[call-overload]
         return texts, shares  # type: ignore[return-value]
 
-    def _watch(self, batch: Inputs, starts: list[int] | None, kinds: list[str]) -> AbstractContextManager[Any]:
-        """Records the attention of the queries that predict the first token, or of all that generate the answer."""
-        if not kinds:
-            return nullcontext()
-        if starts is None:
-            return _quiet_watch(self.model, "last")
-        chosen = torch.zeros_like(batch["input_ids"], dtype=torch.bool)
-        chosen[torch.arange(len(starts)), torch.tensor(starts)] = True
-        return _quiet_watch(self.model, chosen)
+    @contextmanager
+    def _attention(self, batch: Inputs, starts: list[int] | None, kinds: list[str], hidden: list[str]) -> Iterator[Any]:
+        """Records attention on ``kinds``, or hides media; without tracing for kinds of inputs that were traced once.
+
+        The recorded queries are those that predict the first token, or all that generate the answer.
+        """
+        if not kinds and not hidden:
+            yield None
+            return
+        with self._labels.repeated((layout(batch), starts is None)):
+            if hidden:
+                with without_modality(self.model, hidden):
+                    yield None
+                return
+            queries: Any = "last"
+            if starts is not None:
+                queries = torch.zeros_like(batch["input_ids"], dtype=torch.bool)
+                queries[torch.arange(len(starts)), torch.tensor(starts)] = True
+            with _quiet_watch(self.model, queries) as record:
+                yield record
 
     @property
     def _padding(self) -> int:
@@ -166,12 +183,15 @@ class AskedModel:
         return 0
 
     def _choice_tokens(self, text: str, question: MediaQuestion) -> Tensor:
+        if text in self._choices:
+            return self._choices[text]
         encoded = self.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"].long()
         if not encoded.shape[1] or set(placeholders(self.model.config)) & set(encoded[0].tolist()):
             raise DataError(
                 f"evaluate sample {question.index}", expected="choices of at least one token without placeholders",
                 got=repr(text),
             )  # fmt: skip
+        self._choices[text] = encoded
         return encoded
 
 

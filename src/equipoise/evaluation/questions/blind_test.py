@@ -160,7 +160,7 @@ def ask_all(
     ask: Callable[[list[Call]], list[Reply]], questions: Sequence[MediaQuestion], conditions: Sequence[str],
     sources: MediaConditions, journal: CallJournal, progress: Callable[[int, int], None], *,
     prompt: Callable[[MediaQuestion], str] | None = None, workers: int = 1, batch_size: int = 1, identity: str = "",
-    who: str = "blind",
+    who: str = "blind", order: Sequence[int] | None = None,
 ) -> dict[tuple[str, int], Reply]:  # fmt: skip
     """Asks all questions under all conditions for which the journal has no reply.
 
@@ -168,13 +168,15 @@ def ask_all(
         ask: calls under one condition -> their replies.
         batch_size: number of calls that are asked together.
         identity: of the target; replies of another one in the same journal do not count.
+        order: the order in which questions are asked, as indices.
 
     Raises:
         DataError: ``STOP_AFTER`` calls failed one after the other.
     """
     count = len(questions)
+    sequence = range(count) if order is None else order
     groups = [
-        [(condition, index) for index in range(start, min(start + batch_size, count))]
+        [(condition, index) for index in sequence[start : start + batch_size]]
         for start in range(0, count, batch_size)
         for condition in conditions
     ]

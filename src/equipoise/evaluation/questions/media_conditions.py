@@ -44,6 +44,20 @@ class MediaConditions:
         self._color: np.ndarray | None = None
         self._partners = _partners([_identity(question) for question in questions], seed) if other else []
 
+    @property
+    def order(self) -> list[int]:
+        """Indices of the questions, most of them after the question whose media they get under "other"."""
+        order: list[int] = []
+        known: set[int] = set()
+        for index in range(len(self._questions)):
+            path = []
+            while index not in known:
+                known.add(index)
+                path.append(index)
+                index = self._partners[index] if self._partners else index
+            order += reversed(path)
+        return order
+
     def media(self, question: MediaQuestion, condition: str) -> Media:
         """Loads the media of a question under a condition."""
         if condition == "none":

@@ -101,11 +101,12 @@ def evaluate_questions(
     sources = MediaConditions(questions, seed, other="other" in chosen, rate=rate)
     target = AskedModel(model, processor, max_new_tokens, batch_size, by_likelihood)
     how = "likelihood" if by_likelihood else f"generated {max_new_tokens}"
-    with eval_mode_no_grad(model):
+    with eval_mode_no_grad(model), target.features.open():
         replies = ask_all(
             target.replies, questions, chosen, sources, CallJournal(journal), progress, who="evaluate",
             prompt=lambda question: template.replace("{}", question.text if by_likelihood else question.prompt),
             identity=f"{fingerprint(model)} {how} ", batch_size=batch_size,
+            order=sources.order,
         )  # fmt: skip
     shares = [replies["given", index].extra.get("attention_share") for index in range(len(questions))]
     return result_of(
