@@ -85,6 +85,7 @@ def test_inputs_without_noise_are_unchanged():
     [
         ({"task": "regresion"}, r"Generated: expected a known task, got 'regresion'\. Did you mean 'regression'"),
         ({"samples": 9}, r"Generated: expected samples >= 10, got samples = 9"),
+        ({"failures": 1.5}, r"Generated: expected failures between 0 and 1, got failures = 1\.5"),
         ({"noise": -1.0}, r"Generated: expected a finite noise >= 0, got noise = -1\.0"),
     ],
 )
@@ -106,3 +107,18 @@ def test_data_card_matches_the_data():
     for name, shows in CAUSE_WEIGHTS.items():
         cells = " |".join(f" {weight:g}" if weight else "" for weight in shows)
         assert f"| **{name}** {SHAPES[name]} |{cells} |".replace("| |", "| |") in card
+
+
+def test_failed_inputs_are_noise_alone_and_all_others_are_unchanged():
+    plain, failing = (load_dataset("generated", noise=1.0, failures=rate) for rate in (0.0, 0.3))
+    index = torch.arange(500)
+    failed = failing.deviations("test", index) > 1
+    assert failed.float().mean().item() == pytest.approx(0.3, abs=0.04)
+    before, after = (data.batch("test", index, seed=0, epoch=0, train=False) for data in (plain, failing))
+    clean = failing.test.inputs
+    for column, name in enumerate(failing.names):
+        same = (before[name] == after[name]).flatten(1).all(dim=1)
+        assert torch.equal(same, ~failed[:, column])
+        rows = failed[:, column]
+        r = torch.corrcoef(torch.stack([after[name][rows].flatten(), clean[name][rows].flatten()]))[0, 1]
+        assert abs(r) < 0.02

@@ -53,6 +53,19 @@ def test_scores_match_corrupted_batches():
     assert all(row["distance"] == pytest.approx(row["score"] - result.alone["image"]) for row in rows)
 
 
+def test_undamaged_inputs_are_encoded_once_for_each_batch():
+    model = weighted_model(audio=1.0, image=0.7)
+    calls = []
+    for name, encoder in model.encoders.items():
+        encoder.forward = lambda values, name=name, run=encoder.forward: (calls.append(name), run(values))[1]
+    before = [encoder.forward for encoder in model.encoders.values()]
+    loader = labeled_batches(model, sizes=(53, 31))
+    robustness(model, loader, modalities=["audio"], corruptions=["gain", "zeros"])
+    # Two batches and ten damages; other passes encode both modalities.
+    assert calls.count("audio") - calls.count("image") == 2 * 10 - 2
+    assert [encoder.forward for encoder in model.encoders.values()] == before
+
+
 def test_model_below_its_intact_modality():
     model = weighted_model(audio=100.0, image=1.0)
     loader = labeled_batches(weighted_model(audio=0.0, image=1.0))

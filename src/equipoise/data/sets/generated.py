@@ -20,12 +20,17 @@ CAUSE_WEIGHTS = {
 }
 """Modality -> its weight for each of the five causes; no modality depends on all of them."""
 
+FAILED = 1e6
+"""Standard deviation of the noise of a modality that has failed: the input is noise alone."""
+
 
 class Generated(Dataset):
     """Synthetic samples of five standard normal causes; each modality depends on some of them::
 
         clean_m = standardize(sum_k weight_mk cause_k pattern_mk)
         input_m = (clean_m + d noise) / sqrt(1 + d^2),   d uniform in [0, noise] for each sample and modality
+
+    With probability ``failures``, a modality of a sample has failed: its input is noise alone.
 
     In one sample, one modality may be clean and another almost pure noise. The target is the largest cause in
     classification, the signs of the causes in multilabel, and the causes in regression. Training noise is drawn anew in
@@ -35,10 +40,11 @@ class Generated(Dataset):
         task: ``"classification"``, ``"multilabel"`` or ``"regression"``.
         samples: size of the training split; validation is 0.3 and test 0.5 times as large.
         noise: largest standard deviation d; that of clean inputs is 1.
+        failures: probability that a modality of a sample is noise alone, independent of the other modalities.
         seed: seed of patterns, causes and noise.
 
     Raises:
-        ConfigError: an unknown task, fewer than 10 samples, or negative noise.
+        ConfigError: an unknown task, fewer than 10 samples, negative noise, or failures outside [0, 1].
 
     Example:
         >>> data = Generated(task="regression", samples=100)
@@ -49,13 +55,18 @@ class Generated(Dataset):
     names = tuple(SHAPES)
     num_outputs = 5
 
-    def __init__(self, *, task: str = "classification", samples: int = 1000, noise: float = 6.0, seed: int = 0) -> None:
+    def __init__(
+        self, *, task: str = "classification", samples: int = 1000, noise: float = 6.0, failures: float = 0.0,
+        seed: int = 0,
+    ) -> None:  # fmt: skip
         if task not in TASKS:
             raise unknown_name("Generated", "task", task, TASKS)
         if samples < 10:
             raise ConfigError("Generated", expected="samples >= 10", got=f"samples = {samples}")
         check_deviations("Generated", noise=noise)
-        self.task, self._most, self._seed = task, noise, seed
+        if not 0 <= failures <= 1:
+            raise ConfigError("Generated", expected="failures between 0 and 1", got=f"failures = {failures}")
+        self.task, self._most, self._failures, self._seed = task, noise, failures, seed
         sizes = {"train": samples, "val": samples * 3 // 10, "test": samples // 2}
         causes = {
             name: CounterRNG(seed, 0, torch.arange(size), name).normal("causes", self.num_outputs)
@@ -74,7 +85,9 @@ class Generated(Dataset):
 
     def deviations(self, split: str, index: Tensor) -> Float[Tensor, "batch modality"]:
         """Returns the standard deviations of the noise, modalities in the order of ``names``."""
-        return self._most * CounterRNG(self._seed, 0, index, split).uniform("deviations", len(SHAPES))
+        draw = CounterRNG(self._seed, 0, index, split)
+        deviations = self._most * draw.uniform("deviations", len(SHAPES))
+        return deviations.masked_fill(draw.uniform("failures", len(SHAPES)) < self._failures, FAILED)
 
     def augment(self, inputs: dict[str, Tensor], draw: CounterRNG, *, train: bool) -> dict[str, Tensor]:
         deviations = self.deviations(draw.salt, draw.index)
