@@ -25,7 +25,7 @@ def look_parser() -> Parser:
     parser.add_argument("model", help="model id on the Hugging Face Hub, or a folder written by save_pretrained")
     parser.add_argument("--image", type=path, default=None, help="image, for a model with image input")
     parser.add_argument("--audio", type=path, default=None, help="sound file, for a model with audio input")
-    parser.add_argument("--text", required=True, help="question; the chat template is applied to it")
+    parser.add_argument("--text", default="", help="question, with the chat template; none for speech recognition")
     parser.add_argument("--answer", default=None, help="an answer to score; by default the model generates one")
     parser.add_argument("--max_new_tokens", type=whole, default=20, help="length limit of the generated answer")
     parser.add_argument("--layers", default=None, help="comma-separated patterns of layers; all by default")

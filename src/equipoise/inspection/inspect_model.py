@@ -17,6 +17,7 @@ from ..nn.eval_mode import eval_mode_no_grad
 from ..recording import labels_for
 from .attention_maps import build_attention_maps, trace_readers
 from .attention_trace import trace_attention
+from .encoder_decoder import cross_effects, encode_prompt, generate_answer, trace_cross_attention
 from .inspection_result import VIEWS, InspectedToken, Inspection, build_view
 from .media_effects import blank_media, mean_log_likelihood, measure_effects
 from .patch_layout import frame_index, patch_grid
@@ -54,7 +55,8 @@ def look(
     are kept.
 
     Args:
-        model: a decoder-only transformers model (LLaVA, Qwen-VL, Gemma, Qwen-Audio, Llama, ...).
+        model: a transformers model (LLaVA, Qwen-VL, Gemma, Qwen-Audio, Llama, ...), or an encoder-decoder with images
+            or audio (Whisper, Moonshine, Florence-2, Pix2Struct), whose cross-attention is recorded.
         processor: its processor, or its tokenizer for a text-only model.
         image: a path or a PIL image.
         text: the question; formatted with the chat template unless it contains the image placeholder.
@@ -90,6 +92,10 @@ def look(
     sound = None if audio is None else read_audio(audio, processor.feature_extractor.sampling_rate, who="look audio")
     if device is not None:
         model.to(device)
+    if getattr(model.config, "is_encoder_decoder", False):
+        return _look_at_encoder(
+            model, processor, text, picture, sound, answer, max_new_tokens, layers, exclude_top_k, name, notes, progress
+        )
     with eval_mode_no_grad(model):
         progress("preparing the prompt")
         prompt = prepare_prompt(model, processor, text, picture, sound)
@@ -147,6 +153,45 @@ def look(
         exclude_top_k=exclude_top_k,
         notes=tuple(notes),
     )
+
+
+def _look_at_encoder(
+    model: Any, processor: Any, text: str, picture: Image.Image | None, sound: Any, answer: str | None, count: int,
+    layers: Sequence[str] | str | None, exclude_top_k: int, name: str | None, notes: Sequence[str],
+    progress: Callable[[str], None],
+) -> Inspection:  # fmt: skip
+    """Inspects the cross-attention of an encoder-decoder."""
+    target = "image" if picture is not None else "audio" if sound is not None else None
+    if target is None:
+        raise ConfigError("look", expected="an encoder-decoder with an image or a sound", got="text only",
+                          fix="Use eq.watch for encoder-decoders of text.")  # fmt: skip
+    tokenizer = tokenizer_of(processor)
+    with eval_mode_no_grad(model):
+        progress("preparing the prompt")
+        prompt = encode_prompt(model, processor, text, picture, sound)
+        progress("generating the answer")
+        written = (
+            generate_answer(model, prompt, count) if answer is None
+            else _given(tokenizer, answer, placeholders(model.config)).to(prompt.start)
+        )  # fmt: skip
+        progress("recording attention")
+        ids = torch.cat([prompt.start, written], dim=1)[0]
+        encoder_ids = prompt.inputs.get("input_ids")
+        likelihood, cross = trace_cross_attention(
+            model, prompt, written, token_words(tokenizer, ids), exclude_top_k, target,
+            None if encoder_ids is None else token_words(tokenizer, encoder_ids[0]), layers,
+        )  # fmt: skip
+        progress("measuring ablations")
+        effects = cross_effects(model, prompt, written, likelihood)
+    return Inspection(
+        model=name or getattr(model, "name_or_path", "") or type(model).__name__,
+        names=tuple(labels_for(model, None, None)[0].names), prompt=text, given=answer is not None,
+        answer=tokenizer.decode(written[0], skip_special_tokens=True).strip(), tokens=cross.tokens, layers=cross.layers,
+        views=cross.views, log_likelihood=likelihood, effects=tuple(effects), target=target, grid=cross.grid,
+        frame=frame_index(processor, picture.size) if picture else (0.0, 0.0, 1.0, 1.0), maps=cross.maps,
+        image=_png(picture) if picture else None, exclude_top_k=exclude_top_k, notes=tuple(notes),
+        written=cross.written,
+    )  # fmt: skip
 
 
 def _groups(length: int, total: int) -> dict[str, Tensor]:

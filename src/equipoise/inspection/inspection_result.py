@@ -90,6 +90,9 @@ class Inspection:
         image: PNG for the report.
         exclude_top_k: number of tokens that ``without_sinks`` excludes.
         notes: sentences shown at the top of the report.
+        written: (layer,) of an encoder-decoder, whose layers are the cross-attention of the decoder: the norm of its
+            output relative to the sum with that of the self-attention; empty for other models. Its ``maps`` are
+            weighted by the norm of the values.
     """
 
     model: str
@@ -109,6 +112,14 @@ class Inspection:
     image: bytes | None
     exclude_top_k: int
     notes: tuple[str, ...] = ()
+    written: tuple[float, ...] = ()
+
+    @property
+    def by_construction(self) -> bool:
+        """Whether all keys belong to the target, so that its share is 100 % by construction."""
+        if self.target is None:
+            return False
+        return all(bool((view.uniform[:, self.names.index(self.target)] == 1).all()) for view in self.views.values())
 
     def rows(self) -> list[dict[str, Any]]:
         """Returns one row for each view, layer, head and modality.
@@ -166,6 +177,7 @@ class Inspection:
                 },
                 "sinks_left_out": self.exclude_top_k, "grid": self.grid and self.grid._asdict(), "frame": self.frame,
                 "maps": self.maps.to_dict(), "notes": self.notes, "caveat": CAVEAT,
+                "written": self.written, "by_construction": self.by_construction,
                 "picture": self.image and "data:image/png;base64," + base64.b64encode(self.image).decode(),
             }, "look",
         )  # fmt: skip
@@ -183,16 +195,27 @@ class Inspection:
 
     def table(self) -> str:
         """Returns a text table of shares by layer and modality: prompt, answer, and answer without sinks."""
-        columns = {name: view.share.nanmean(dim=1) for name, view in self.views.items()}
-        columns["without sinks"] = self.views["answer"].without_sinks.nanmean(dim=1)
-        width = max(9, *(len(name) + 2 for name in self.names))
+        parts = {name: view.share.nanmean(dim=1) for name, view in self.views.items()}
+        parts["without sinks"] = self.views["answer"].without_sinks.nanmean(dim=1)
+        # A modality without attention anywhere has no columns.
+        shown = [] if self.by_construction and self.written else [
+            m for m in range(len(self.names)) if any(bool((part[:, m] > 0).any()) for part in parts.values())
+        ]  # fmt: skip
+        columns = {name: part[:, shown] for name, part in parts.items()} if shown else {}
+        names = [self.names[m] for m in shown]
+        width = max([9, *(len(name) + 2 for name in names)])
         lines = [
-            "     " + "".join(f"{name:>{width * len(self.names)}}" for name in columns),
-            "layer" + "".join(f"{name:>{width}}" for name in self.names) * len(columns),
+            "     " + "".join(f"{name:>{width * len(names)}}" for name in columns),
+            "layer" + "".join(f"{name:>{width}}" for name in names) * len(columns),
         ]
+        if self.written:
+            lines[0], lines[1] = f"{lines[0]}{'written by':>16}", f"{lines[1]}{'cross-attention':>16}"
         for layer in (*range(len(self.layers)), None):
             cells = [values.nanmean(dim=0) if layer is None else values[layer] for values in columns.values()]
             figures = "".join(f"{100 * value:.1f} %".rjust(width) for part in cells for value in part.tolist())
+            if self.written:
+                value = sum(self.written) / len(self.written) if layer is None else self.written[layer]
+                figures += f"{100 * value:.1f} %".rjust(16)
             lines.append(("mean" if layer is None else str(layer)).rjust(5) + figures)
         return "\n".join(lines)
 

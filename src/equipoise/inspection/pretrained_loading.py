@@ -12,8 +12,12 @@ from ..encoders.pretrained_weights import check_missing_weights, import_transfor
 from ..errors import ConfigError, DataError
 from .dummy_processor import DummyProcessor
 
-AUTO_CLASSES = ("AutoModelForImageTextToText", "AutoModelForMultimodalLM", "AutoModelForCausalLM")
+AUTO_CLASSES = (
+    "AutoModelForImageTextToText", "AutoModelForMultimodalLM", "AutoModelForSpeechSeq2Seq", "AutoModelForCausalLM",
+)  # fmt: skip
 """Auto classes of generative models; the first that supports a configuration is used."""
+ENCODER_DECODERS = ("AutoModelForImageTextToText", "AutoModelForSpeechSeq2Seq")
+"""Those that are also used for encoder-decoders."""
 
 SEED = 0
 """Seed of random weights."""
@@ -91,10 +95,14 @@ def load_generative(hf: Any, config: Any) -> Any:
     """
     for name in AUTO_CLASSES:
         cls = getattr(hf, name, None)
-        if cls is not None and type(config) in cls._model_mapping and not config.is_encoder_decoder:
+        if (
+            cls is not None
+            and type(config) in cls._model_mapping
+            and (not config.is_encoder_decoder or name in ENCODER_DECODERS)
+        ):
             return cls
     raise ConfigError(
-        "look", expected="a decoder-only model, such as LLaVA, Qwen-VL or Llama",
+        "look", expected="a generative model with images, audio or text, such as LLaVA, Whisper or Llama",
         got=f"model type '{config.model_type}'", fix="Use eq.watch(model) for other models.",
     )  # fmt: skip
 

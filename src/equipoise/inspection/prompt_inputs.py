@@ -100,8 +100,9 @@ def _prompt_text(processor: Any, tokenizer: Any, text: str, images: int, sounds:
         return _apply_template(processor.apply_chat_template, _content(text, images, sounds), tokenizer)
     if not (images or sounds) and getattr(tokenizer, "chat_template", None):
         return _apply_template(tokenizer.apply_chat_template, text, tokenizer)
-    # Processors with `num_query_tokens` insert the image placeholders themselves.
-    tokens = [] if getattr(processor, "num_query_tokens", None) else tokens
+    # Processors with `num_query_tokens`, and that of Florence-2, insert the image placeholders themselves.
+    inserts = getattr(processor, "num_query_tokens", None) or hasattr(processor, "task_prompts_with_input")
+    tokens = [] if inserts else tokens
     return "\n".join([*tokens, text]), True
 
 
@@ -176,5 +177,6 @@ def check_given(model: Any, names: tuple[str, ...], text: str, image: Any, audio
             "look", expected=f"an input in addition to the text, since {type(model).__name__} takes {modalities}",
             got="text only", fix=f"Give {others[0]}=..., or --{others[0]} FILE.",
         )  # fmt: skip
-    if not text.strip():
+    # An encoder-decoder may take its medium alone.
+    if not text.strip() and not getattr(model.config, "is_encoder_decoder", False):
         raise ConfigError("look", expected="a text, such as a question about the image", got="none")

@@ -21,12 +21,13 @@ DEEPEST = 0.45
 def by_layer(
     shares: dict[str, Float[np.ndarray, "layer modality"]], names: Sequence[str], layers: Sequence[int]
 ) -> str:
-    """Heat map of layer and modality with values, for the prompt and the answer."""
-    values = np.concatenate(list(shares.values()), axis=1)
-    columns = [f"{name}\nin the {view}" for view in shares for name in names]
+    """Heat map of layer and modality with values, for the prompt and the answer; without columns of zeros."""
+    kept = [m for m in range(len(names)) if any(np.nansum(part[:, m]) > 0 for part in shares.values())]
+    values = np.concatenate([part[:, kept] for part in shares.values()], axis=1)
+    columns = [f"{names[m]}\nin the {view}" for view in shares for m in kept]
     with style_context():
         figure, axes = new_axes(max(3.6, 1.1 * len(columns)), 0.9 + 0.23 * len(layers), grid="")
-        shades = [MODALITY[m % len(MODALITY)] for _ in shares for m in range(len(names))]
+        shades = [MODALITY[m % len(MODALITY)] for _ in shares for m in kept]
         for column, shade in enumerate(shades):
             _cells(axes, values[:, column : column + 1], shade, 1.0, left=column)
         for (row, column), value in np.ndenumerate(values):
@@ -80,6 +81,20 @@ def over_layers(
         set_title(figure, title)
         means = ", ".join(f"{name} {100 * np.nanmean(v):.1f} %" for name, v, _, _ in curves if np.isfinite(v).any())
         return to_svg(figure, "over-layers", f"{title}, over the layers. Means: {means}.")
+
+
+def written_by_layer(values: Sequence[float], layers: Sequence[int]) -> str:
+    """Bars of the norm that cross-attention writes in each layer, relative to all attention."""
+    title = "Written by cross-attention"
+    with style_context():
+        figure, axes = new_axes(height=2.6)
+        axes.bar(list(layers), [0.0 if math.isnan(value) else value for value in values], width=0.62, color=MODALITY[1])
+        axes.set(xlabel="layer", ylim=(0, 1), xlim=(-0.7, max(len(layers), 4) - 0.3))
+        axes.set_xticks(list(layers)[:: max(1, len(layers) // 12)])
+        percent(axes.yaxis)
+        set_title(figure, title)
+        listed = ", ".join(f"layer {layer} {100 * value:.0f} %" for layer, value in zip(layers, values, strict=True))
+        return to_svg(figure, "written", f"{title}: {listed}.")
 
 
 def _cells(axes: Axes, values: Float[np.ndarray, "row column"], shade: str, top: float, left: int = 0) -> None:

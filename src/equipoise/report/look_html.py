@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -74,13 +75,19 @@ def look_page(content: Mapping[str, Any]) -> str:
 
 def _figures(shares: MeanShares) -> list[FigureBlock]:
     layers = list(range(len(shares.sites)))
+    figures = []
+    if any(math.isfinite(value) for value in shares.written):
+        svg = look_figures.written_by_layer(shares.written, layers)
+        figures.append(FigureBlock(Markup(svg), look_sentences.WRITTEN))
+    if shares.by_construction:
+        return figures
     tables = {view: shares.by_layer(view) for view in ("prompt", "answer")}
-    figures = [
+    figures.append(
         FigureBlock(
             Markup(look_figures.by_layer(tables, shares.names, layers)),
             "Mean over heads. The queries are all tokens of the prompt, or the tokens that generate the answer.",
         )
-    ]
+    )
     if (target := shares.target) is None:
         return figures
     column = shares.names.index(target)

@@ -14,6 +14,11 @@ from .text_format import MINUS, format_signed, join_and, pluralize
 STILL = 0.005
 """A change of the log-likelihood below this is reported as no change."""
 
+WRITTEN = (
+    "Norm of the output of cross-attention relative to the sum with that of self-attention, mean over the queries that "
+    "generate the answer."
+)
+
 
 class MeanShares:
     """Attention shares of an inspection as arrays.
@@ -25,6 +30,8 @@ class MeanShares:
         share, without: view -> (layer, head, modality), with and without sinks.
         even: view -> (layer, modality), the uniform share.
         effects: interventions of the inspection.
+        written: (layer,) norm that cross-attention writes, of an encoder-decoder; empty for others.
+        by_construction: whether all keys belong to the target.
     """
 
     def __init__(self, content: Mapping[str, Any]) -> None:
@@ -34,6 +41,8 @@ class MeanShares:
         self.left_out: int = content["sinks_left_out"]
         self.effects: list[dict[str, Any]] = list(content["effects"])
         self.tokens: list[dict[str, Any]] = list(content["tokens"])
+        self.written = [math.nan if value is None else float(value) for value in content.get("written") or ()]
+        self.by_construction = bool(content.get("by_construction"))
         views = content["views"]
         self.share, self.without, self.even = (
             {name: np.array(view[part], dtype=float) for name, view in views.items()}
@@ -64,6 +73,8 @@ class MeanShares:
 def headline(shares: MeanShares) -> str:
     if shares.target is None:
         return "This model has text tokens only"
+    if shares.by_construction:
+        return effect_text(shares).rstrip(".") or f"Cross-attention to the {shares.target}"
     return f"{percent(shares.part('answer'))} of the answer’s attention goes to the {shares.target}"
 
 
@@ -76,6 +87,12 @@ def verdict(shares: MeanShares) -> list[str]:
             "tokens."
         ]
     number = sum(token["modality"] == target for token in shares.tokens)
+    if shares.by_construction:
+        return [
+            f"The decoder reads the {target} by cross-attention, all keys of which are {target}: its share of "
+            f"attention is 100 % by construction and says nothing about use. {effect_text(shares)}",
+            *written_text(shares),
+        ]
     lead = (
         f"In the answer, {percent(shares.part('answer'))} of attention goes to the {target}, "
         f"{times(shares.times('answer'))} its uniform share ({number} of {len(shares.tokens)} tokens)."
@@ -92,7 +109,20 @@ def verdict(shares: MeanShares) -> list[str]:
             f"Attention to the {target} is highest in layer {high} ({percent(curve[high])}) and "
             f"lowest in layer {low} ({percent(curve[low])})."
         )
-    return [f"{lead} {effect}".strip(), *more]
+    return [f"{lead} {effect}".strip(), *more, *written_text(shares)]
+
+
+def written_text(shares: MeanShares) -> list[str]:
+    """How much the cross-attention of an encoder-decoder writes."""
+    finite = [value for value in shares.written if math.isfinite(value)]
+    if not finite:
+        return []
+    low, high = min(finite), max(finite)
+    between = f", from {percent(low)} to {percent(high)} by layer" if percent(low) != percent(high) else ""
+    return [
+        f"While the answer is generated, {percent(sum(finite) / len(finite))} of the norm that the attention of the "
+        f"decoder writes comes from cross-attention{between}; the rest comes from self-attention to text."
+    ]
 
 
 def effect_text(shares: MeanShares) -> str:
@@ -133,6 +163,12 @@ def explained(shares: MeanShares) -> str:
     """Instructions for the attention map."""
     if shares.target is None:
         return "Select a token to display its attention to all tokens."
+    if shares.written:
+        return (
+            "Select a token, a layer and a head. The map shows the cross-attention of that token to the "
+            f"{shares.target}, weighted by the norm of the values; in the answer, the query is the position that "
+            "generates the token."
+        )
     return (
         f"Select a token, a layer and a head. The map shows the attention of that token to the {shares.target}; in the "
         "answer, the query is the position that generates the token. The color of a token is its attention to the "

@@ -115,6 +115,12 @@ def evaluate_questions(
 
 
 def _check_media(model: Any, questions: Sequence[MediaQuestion]) -> None:
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise ConfigError(
+            "evaluate", expected="a decoder-only model, such as LLaVA or Qwen-Audio",
+            got=f"the encoder-decoder {type(model).__name__}",
+            fix="Use eq.blind with a function (media, prompt) -> text that calls the model, or eq.look for one input.",
+        )  # fmt: skip
     names = labels_for(model, None, None)[0].names
     media = [name for name in names if name in FIELD]
     if not media or "text" not in names:

@@ -121,7 +121,9 @@
     const where = `in ${l ? `layer ${maps.layers[l - 1]}` : "all layers"}, ${h ? `head ${h - 1}` : "all heads"}`;
     const parts = look.modalities.map((name) => {
       const places = look.tokens.flatMap((token, i) => (token.modality === name ? [i] : []));
-      return places.length ? `${percent(part(values, places))} to ${places.length === 1 ? "the 1 token" : `the ${places.length} tokens`} of ${name}` : null;
+      // An encoder-decoder's cross-attention has no keys of text.
+      const unread = look.by_construction && name !== look.target;
+      return places.length && !unread ? `${percent(part(values, places))} to ${places.length === 1 ? "the 1 token" : `the ${places.length} tokens`} of ${name}` : null;
     });
     let summary = `Attention of ${who} ${where}: ${parts.filter(Boolean).join(", ")}.`;
     if (canvas) summary += ` ${draw(values, `${who} ${where}`)}`;
