@@ -150,6 +150,36 @@ def test_shares_match_watch_and_without_modality(trained_models):
     assert result.replies["hidden"][0] == NAMES[int(logits[ids].argmax())]
 
 
+@pytest.mark.parametrize("score", ["likelihood", "generated"])
+def test_steering_curve(trained_models, score, tmp_path):
+    rows = with_choices(build_samples(8)) if score == "likelihood" else build_samples(8)
+    model, encode = trained_models["image"], build_processor()
+    options = {"score": score, "max_new_tokens": 1, "conditions": ("given",)}
+    result = evaluate_questions(model, encode, rows, steer=(2, -4, 0), journal=tmp_path / "journal.jsonl", **options)
+    assert [row["beta"] for row in result.steering] == [-4, 0, 2]
+    low, middle, high = result.steering
+    assert middle["accuracy"] == result.accuracy["given"] > 0.9 > low["accuracy"]
+    assert low["attention_share"] < middle["attention_share"] < high["attention_share"]
+    plain = evaluate_questions(model, encode, rows, **options)
+    assert plain.rows[0] == {name: value for name, value in result.rows[0].items() if "steer" not in name}
+    assert plain.steering == []
+    if score == "likelihood":
+        prompt = f"<image>\n{rows[0]['question']}"
+        inputs = encode(text=[prompt], images=[rows[0]["image"]], return_tensors="pt")
+        with torch.no_grad(), eq.steer(model, image=-4.0):
+            likely = model(**inputs).logits[0, -1].log_softmax(dim=-1)[WORDS.index(rows[0]["answer"])]
+        assert result.rows[0]["steer -4 log_likelihood"] == pytest.approx(float(likely), abs=1e-5)
+    else:
+        assert low["log_likelihood"] is None
+    result.save(tmp_path)
+    header = (tmp_path / "questions.csv").read_text().splitlines()[0].split(",")
+    assert {"steer -4", "steer 2", "steer 2 attention_share"} <= set(header)
+    assert "More and less attention to the image" in (tmp_path / "questions.html").read_text()
+    assert "steered by -4" in result.table()
+    with pytest.raises(ConfigError, match="numbers from -100 to 100"):
+        evaluate_questions(model, encode, rows, steer=(1000,))
+
+
 @pytest.mark.parametrize("kind", ["one token", "several tokens", "generated"])
 def test_batches_give_the_results_of_single_questions(trained_models, kind):
     rows = build_samples(7)

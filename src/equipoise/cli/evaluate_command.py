@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
+from argparse import ArgumentTypeError, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,11 +53,25 @@ def evaluate_parser() -> Parser:
     )
     parser.add_argument("--max_new_tokens", type=whole, default=16, help="own questions: length limit of answers")
     parser.add_argument("--batch_size", type=whole, default=1, help="own questions: questions in one forward pass")
+    parser.add_argument(
+        "--steer", type=numbers, default=(), metavar="=-2,-1,1,2",
+        help="own questions: numbers added to the attention logits of the media in further passes, for a curve",
+    )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="own questions: of the images of other questions")
     parser.add_argument("--device", default=None, help="cpu, cuda, ...; an accelerator if available by default")
     parser.add_argument("--dtype", default=None, help="data type of a generative model; auto by default")
     parser.add_argument("--out", type=path, default=None, help="output folder; runs/evaluate-<name> by default")
     return parser
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    """Converts numbers that are separated by commas."""
+    try:
+        return tuple(float(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise ArgumentTypeError(
+            f"expected numbers separated by commas, such as --steer=-2,-1,1,2, got '{text}'"
+        ) from None
 
 
 def evaluate(options: Namespace) -> int:
@@ -110,6 +124,7 @@ def _evaluate_questions(options: Namespace, name: str, folder: Path) -> int:
         result = evaluate_questions(
             model, processor, list(rows), score=options.score, metric=options.metric, template=options.template,
             max_new_tokens=options.max_new_tokens, batch_size=options.batch_size, seed=options.seed, name=name,
+            steer=options.steer,
             journal=folder / "journal.jsonl", root=source.parent if source.is_file() else None, progress=progress,
             conditions=CONDITIONS if options.conditions is None else tuple(options.conditions.split(",")),
         )  # fmt: skip

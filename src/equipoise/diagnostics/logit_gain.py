@@ -74,6 +74,17 @@ def pai(
     Reference: Liu et al., "Paying More Attention to Image" (ECCV 2024), Eq. 4.
     Differs from the paper in: attention alone; its logits of the text without the image are those of
     ``ContrastiveDecoding`` with inputs without an image.
+
+    Example:
+        >>> layer = nn.MultiheadAttention(8, 1, batch_first=True).eval()
+        >>> with torch.no_grad():
+        ...     _ = layer.in_proj_weight.copy_(torch.eye(8).repeat(3, 1)), layer.out_proj.weight.copy_(torch.eye(8))
+        >>> tokens, labels = torch.full((1, 3, 8), 0.5), torch.tensor([0, 1, 1])
+        >>> values = labels[None, :, None].expand(1, 3, 8).float()      # the output is the share of the image
+        >>> with torch.no_grad(), pai(layer, alpha=0.5, modality=labels, names=("text", "image")) as change:
+        ...     output, _ = layer(tokens, tokens, values, need_weights=False)
+        >>> round(float(output[0, -1, 0]), 4), change.changed
+        (0.7401, ('MultiheadAttention',))
     """
     if not math.isfinite(alpha):
         raise ConfigError("pai", expected="a finite alpha", got=str(alpha))

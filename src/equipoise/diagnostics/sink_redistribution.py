@@ -79,6 +79,18 @@ def redistribute_sinks(
     Reference: Kang et al., "See What You Are Told: Visual Attention Sink in Large Multimodal Models" (ICLR 2025).
     Differs from the paper in: sinks are given, instead of found by the size of some hidden dimensions; heads are
     selected for each query.
+
+    Example:
+        >>> import torch
+        >>> layer = nn.MultiheadAttention(8, 1, batch_first=True).eval()
+        >>> with torch.no_grad():
+        ...     _ = layer.in_proj_weight.copy_(torch.eye(8).repeat(3, 1)), layer.out_proj.weight.copy_(torch.eye(8))
+        >>> tokens, labels = torch.ones(1, 4, 8), torch.tensor([0, 1, 1, 1])
+        >>> values = labels[None, :, None].expand(1, 4, 8).float()      # the output is the share of the image
+        >>> with torch.no_grad(), redistribute_sinks(layer, sinks=[0], modality=labels, names=("text", "image")):
+        ...     output, _ = layer(tokens, tokens, values, need_weights=False)
+        >>> round(float(output[0, -1, 0]), 4)                           # 0.75 before
+        0.9
     """
     if not sinks or min(sinks) < 0 or not 0 < fraction < 1 or not 0 <= least <= 1:
         raise ConfigError(

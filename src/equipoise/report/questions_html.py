@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .html_page import render_page
+from markupsafe import Markup
+
+from .html_page import FigureBlock, render_page
+from .steering_figure import steering_figures
 from .text_format import MINUS, format_p
 
 MOST_ROWS = 200
@@ -29,6 +32,10 @@ def questions_page(content: Mapping[str, Any]) -> str:
         title=headline(content),
         result=content,
         shown=shown,
+        panels=[
+            FigureBlock(Markup(svg), caption)
+            for svg, caption in steering_figures(content.get("steering") or (), content["medium"])
+        ],
         filters={"percent": percent, "points": points, "interval": interval, "p_value": format_p},
     )
 

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from ...diagnostics.interventions import without_modality
+from ...diagnostics.steering import steer
 from ...errors import DataError, EquipoiseError
 from ...inspection.prompt_inputs import Inputs, complete_inputs, placeholders, prompt_encoder, tokenizer_of
 from ...recording import ConfirmedLabels, watch
 from .blind_test import Call
 from .call_journal import Reply
 from .feature_cache import FeatureCache
+from .media_conditions import STEER
 from .question_batches import equal_groups, join_inputs, layout
 from .question_set import MediaQuestion
 
@@ -58,6 +60,8 @@ class AskedModel:
         self.model, self.processor, self.tokenizer = model, processor, tokenizer_of(processor)
         self.max_new_tokens, self.batch_size, self.by_likelihood = max_new_tokens, batch_size, by_likelihood
         self._given: dict[int, Inputs] = {}
+        self._beta = 0.0
+        self._likelihoods: dict[int, float] = {}
         self._choices: dict[str, Tensor] = {}
         self._labels, self.features = ConfirmedLabels(model), FeatureCache(model)
 
@@ -75,21 +79,24 @@ class AskedModel:
     def _replies(self, calls: list[Call]) -> list[Reply]:
         inputs = [self._encoded(one) for one in calls]
         kinds = sorted({name for one in calls for name, _ in one.media})
-        recorded = kinds if calls[0].condition == "given" else []
-        hidden = kinds if calls[0].condition == "hidden" else []
+        condition = calls[0].condition
+        self._beta = float(condition.removeprefix(STEER)) if condition.startswith(STEER) else 0.0
+        recorded = kinds if condition == "given" or self._beta else []
+        hidden = kinds if condition == "hidden" else []
         answer = self._most_likely if self.by_likelihood else self._generated
         # Recorded passes run the encoder too.
-        with nullcontext() if recorded else self.features.reused(calls[0].condition):
+        with nullcontext() if recorded else self.features.reused(condition):
             texts, shares = answer(calls, inputs, recorded, hidden)
-        return [
-            Reply(text, extra={"attention_share": share} if recorded else {})
-            for text, share in zip(texts, shares, strict=True)
-        ]
+        extras: list[dict[str, Any]] = [{"attention_share": share} if recorded else {} for share in shares]
+        for one, extra in zip(calls, extras, strict=True):
+            if one.question.index in self._likelihoods:
+                extra["log_likelihood"] = self._likelihoods.pop(one.question.index)
+        return [Reply(text, extra=extra) for text, extra in zip(texts, extras, strict=True)]
 
     def _encoded(self, call: Call) -> Inputs:
         index = call.question.index
-        if call.condition == "hidden" and index in self._given:
-            return self._given.pop(index)
+        if (call.condition == "hidden" or call.condition.startswith(STEER)) and index in self._given:
+            return self._given[index]
         groups: dict[str, list[Any]] = {}
         for name, value in call.media:
             groups.setdefault(FIELD[name], []).append(value)
@@ -121,6 +128,9 @@ class AskedModel:
                     scores[row.call][choice] = float(value)
         if any(value != value for one in scores for value in one):
             raise ValueError("the log-likelihood of a choice is NaN")
+        if kinds:
+            self._likelihoods = {one.question.index: values[one.question.target or 0]
+                                 for one, values in zip(calls, scores, strict=True)}  # fmt: skip
         texts = [
             one.question.choices[max(range(len(values)), key=lambda n: values[n])]
             for one, values in zip(calls, scores, strict=True)
@@ -172,7 +182,9 @@ class AskedModel:
             if starts is not None:
                 queries = torch.zeros_like(batch["input_ids"], dtype=torch.bool)
                 queries[torch.arange(len(starts)), torch.tensor(starts)] = True
-            with _quiet_watch(self.model, queries) as record:
+            # With a media condition "steer", all kinds of media are steered.
+            steered = steer(self.model, **dict.fromkeys(kinds, self._beta)) if self._beta else nullcontext()  # type: ignore[arg-type]
+            with _quiet_watch(self.model, queries) as record, steered:
                 yield record
 
     @property

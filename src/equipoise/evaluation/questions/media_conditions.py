@@ -15,6 +15,8 @@ from .question_set import RATE, MediaQuestion
 
 CONDITIONS = ("given", "blank", "other", "none")
 """Conditions of a black box; ``none`` is the question alone."""
+STEER = "steer "
+"""Start of the names of conditions under which the attention to the media is steered."""
 MEAN_OF = 64
 """Number of images whose mean gives the color of blank images."""
 Media = tuple[tuple[str, Any], ...]
@@ -67,7 +69,7 @@ class MediaConditions:
         media = question.load(self._rate)
         return (
             media
-            if condition in ("given", "hidden")
+            if condition in ("given", "hidden") or condition.startswith(STEER)
             else tuple((name, self._blank(name, value)) for name, value in media)
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,8 @@ from ...recording import labels_for
 from .answer_scoring import choice, scoring_for
 from .asked_model import FIELD, AskedModel
 from .blind_test import ask_all, result_of
-from .call_journal import CallJournal
-from .media_conditions import MediaConditions
+from .call_journal import CallJournal, Reply
+from .media_conditions import STEER, MediaConditions
 from .question_result import QuestionResult
 from .question_set import RATE, MediaQuestion, check_choice, read_questions
 
@@ -37,6 +38,7 @@ def evaluate_questions(
     max_new_tokens: int = 16,
     batch_size: int = 1,
     limit: int | None = None,
+    steer: Sequence[float] = (),
     seed: int = 0,
     journal: str | Path | None = None,
     root: str | Path | None = None,
@@ -61,6 +63,8 @@ def evaluate_questions(
         batch_size: number of questions, or choices of several tokens, in one forward pass; shorter ones are padded,
             and those whose images have other sizes run in another pass.
         limit: number of leading questions; all by default.
+        steer: numbers that are added to the attention logits of the media (``eq.steer``), in further passes over the
+            questions as given; ``steering`` of the result has the curve.
         seed: of the permutation for "other".
         journal: file of replies; a later call with the same model and file asks only what has no reply.
         root: folder of relative paths.
@@ -70,6 +74,7 @@ def evaluate_questions(
     Returns:
         QuestionResult; ``extra["attention_share"]`` has the share of attention on the medium, as given, averaged over
         layers and heads: of the query that predicts the first token of a choice, or of all that generate the answer.
+        ``extra["log_likelihood"]`` has that of the right choice.
 
     Raises:
         ConfigError: a model without images and audio, a medium that it does not take, unknown options. DataError:
@@ -86,6 +91,8 @@ def evaluate_questions(
     for option, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size), ("limit", limit)):
         if value is not None and value < 1:
             raise ConfigError(f"evaluate {option}", expected="at least 1", got=str(value))
+    betas = checked_betas(steer)
+    steered = tuple(f"{STEER}{beta:g}" for beta in betas if beta)
     rows = samples if limit is None else [sample for _, sample in zip(range(limit), samples, strict=False)]
     questions = read_questions(rows, who="evaluate", root=root)
     _check_media(model, questions)
@@ -103,15 +110,44 @@ def evaluate_questions(
     how = "likelihood" if by_likelihood else f"generated {max_new_tokens}"
     with eval_mode_no_grad(model), target.features.open():
         replies = ask_all(
-            target.replies, questions, chosen, sources, CallJournal(journal), progress, who="evaluate",
+            target.replies, questions, (*chosen, *steered), sources, CallJournal(journal), progress, who="evaluate",
             prompt=lambda question: template.replace("{}", question.text if by_likelihood else question.prompt),
             identity=f"{fingerprint(model)} {how} ", batch_size=batch_size,
             order=sources.order,
         )  # fmt: skip
-    shares = [replies["given", index].extra.get("attention_share") for index in range(len(questions))]
-    return result_of(
-        questions, chosen, replies, scoring, metric=metric_name, name=name, extra={"attention_share": shares}
-    )
+    result = result_of(questions, chosen, replies, scoring, metric=metric_name, name=name)
+    result.extra["attention_share"] = _extras(replies, "given", len(questions), "attention_share")
+    if by_likelihood:
+        result.extra["log_likelihood"] = _extras(replies, "given", len(questions), "log_likelihood")
+    if betas:
+        result.betas = betas
+        curve = result_of(questions, steered, replies, scoring, metric="", name="")
+        result.errors |= curve.errors
+        for condition, values in curve.scores.items():
+            result.extra[condition] = [None if math.isnan(value) else float(value) for value in values]
+            for name_of in ("attention_share", "log_likelihood") if by_likelihood else ("attention_share",):
+                result.extra[f"{condition} {name_of}"] = _extras(replies, condition, len(questions), name_of)
+    return result
+
+
+def checked_betas(values: Sequence[float]) -> tuple[float, ...]:
+    """Returns the numbers for ``steer`` in ascending order, with 0, the questions as given.
+
+    Raises:
+        ConfigError: values that are not finite numbers from -100 to 100.
+
+    Example:
+        >>> checked_betas([1, -2]), checked_betas([])
+        ((-2.0, 0.0, 1.0), ())
+    """
+    wrong = [value for value in values if not isinstance(value, (int, float)) or not abs(value) <= 100]
+    if wrong:
+        raise ConfigError("evaluate steer", expected="numbers from -100 to 100", got=repr(wrong[0]))
+    return tuple(sorted({0.0, *(float(value) for value in values)})) if len(values) else ()
+
+
+def _extras(replies: Mapping[tuple[str, int], Reply], condition: str, count: int, name: str) -> list[float | None]:
+    return [replies[condition, index].extra.get(name) for index in range(count)]
 
 
 def _check_media(model: Any, questions: Sequence[MediaQuestion]) -> None:

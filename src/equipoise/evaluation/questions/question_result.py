@@ -20,6 +20,7 @@ from ...results.bootstrap import mean_of_resamples, percentile_interval
 from ...results.result_rows import to_jsonable
 from ...results.significance import paired_p
 from .answer_scoring import normalize, yes_or_no
+from .media_conditions import STEER
 from .question_set import MediaQuestion
 from .question_verdict import verdict_sentences
 
@@ -49,6 +50,7 @@ class QuestionResult:
         metric: name of the score.
         name: of the target.
         extra: further values by question, such as the share of attention.
+        betas: numbers that were added to the attention logits of the media, with 0; empty if none.
     """
 
     questions: Sequence[MediaQuestion]
@@ -59,6 +61,7 @@ class QuestionResult:
     metric: str = ""
     name: str = ""
     extra: dict[str, list[float | None]] = field(default_factory=dict)
+    betas: tuple[float, ...] = ()
 
     @property
     def medium(self) -> str:
@@ -78,9 +81,7 @@ class QuestionResult:
 
     def interval(self, condition: str) -> list[float] | None:
         """The 95 % bootstrap interval of the accuracy under a condition; None for fewer than two answered questions."""
-        values = self.scores[condition]
-        values = values[np.isfinite(values)]
-        return None if len(values) < 2 else percentile_interval(mean_of_resamples(values))
+        return _interval(self.scores[condition][np.isfinite(self.scores[condition])])
 
     def difference(self, condition: str) -> dict[str, Any]:
         """The accuracy as given minus that under a condition, over the questions answered under both.
@@ -175,6 +176,28 @@ class QuestionResult:
         return categories
 
     @property
+    def steering(self) -> list[dict[str, Any]]:
+        """One dict for each number added to the attention logits of the media, in ascending order.
+
+        {"beta", "accuracy", "interval", "attention_share", "log_likelihood", "log_likelihood_interval"}: means over
+        the questions; the log-likelihood of the right choice in nats per token, None for generated answers.
+        """
+        rows = []
+        for beta in self.betas:
+            prefix = f"{STEER}{beta:g}"
+            scores = _known(self.extra[prefix] if beta else list(self.scores[GIVEN]))
+            share, likely = (
+                _known(self.extra.get(f"{prefix} {name}" if beta else name, ()))
+                for name in ("attention_share", "log_likelihood")
+            )
+            rows.append({
+                "beta": beta, "accuracy": _finite(_mean(scores)), "interval": _interval(scores),
+                "attention_share": _finite(_mean(share)), "log_likelihood": _finite(_mean(likely)),
+                "log_likelihood_interval": _interval(likely),
+            })  # fmt: skip
+        return rows
+
+    @property
     def verdict(self) -> str:
         """Summary of the scores in a few sentences."""
         return " ".join(verdict_sentences(self))
@@ -213,8 +236,16 @@ class QuestionResult:
                     p = "<.001" if change["p"] < 0.001 else f"{change['p']:.3f}"
                     line += f"{0.0 - 100 * change['difference']:>+12.1f}{p:>8}"
             lines.append(line.rstrip())
+        lines += self._steering_lines()
         lines += [f"{'chance':<24}{_percent(self.chance):>10}", "", self.verdict]
         return "\n".join(lines)
+
+    def _steering_lines(self) -> list[str]:
+        return [
+            f"{'steered by ' + format(row['beta'], '+g'):<24}{_percent(row['accuracy']):>10}"
+            f"{'' if row['interval'] is None else '{:.1f} to {:.1f}'.format(*(100 * v for v in row['interval'])):>18}"
+            for row in self.steering if row["beta"]
+        ]  # fmt: skip
 
     def __repr__(self) -> str:
         return self.table()
@@ -241,8 +272,8 @@ class QuestionResult:
             "by_category": {
                 name: {key: _finite(value) for key, value in row.items()} for name, row in self.by_category.items()
             },
-            "means": {name: _finite(_mean(np.array([np.nan if v is None else v for v in values], dtype=float)))
-                      for name, values in self.extra.items()},
+            "means": {name: _finite(_mean(_known(values))) for name, values in self.extra.items()},
+            "steering": self.steering,
             "rows": self.rows,
         })  # fmt: skip
 
@@ -297,9 +328,18 @@ def _mean(values: np.ndarray) -> float:
     return float(finite.mean()) if len(finite) else float("nan")
 
 
+def _known(values: Sequence[float | None]) -> np.ndarray:
+    array = np.array([np.nan if value is None else value for value in values], dtype=float)
+    return array[np.isfinite(array)]
+
+
+def _interval(values: np.ndarray) -> list[float] | None:
+    return None if len(values) < 2 else percentile_interval(mean_of_resamples(values))
+
+
 def _finite(value: float) -> float | None:
     return value if np.isfinite(value) else None
 
 
-def _percent(value: float) -> str:
-    return "–" if np.isnan(value) else f"{100 * value:.1f} %"
+def _percent(value: float | None) -> str:
+    return "–" if value is None or np.isnan(value) else f"{100 * value:.1f} %"
