@@ -18,7 +18,7 @@ PROJECT = Path(__file__).parent.parent
 ARCHITECTURE = PROJECT / "docs" / "architecture.md"
 FILES = sorted(ROOT.rglob("*.py"))
 # Modules whose examples need a package that is not installed with the library.
-EXTRAS = {"equipoise.integrations.huggingface": "transformers"}
+EXTRAS = {"equipoise.integrations.huggingface": "transformers", "equipoise.integrations.lmms_eval": "lmms_eval"}
 MOST_ROOT_NAMES = 35
 # The only class names that may occur twice: users choose between those of `eq.lightning` and of `eq.hf`.
 SHARED_CLASSES = {"BalancerCallback", "WatchCallback"}
