@@ -24,8 +24,7 @@ def token_features(tokens: Tokens) -> Float[Tensor, "batch feature"]:
         >>> token_features(Tokens(torch.tensor([[[1.0], [3.0]]])))
         tensor([[2., 1.]])
     """
-    values, valid = at_least_float32(tokens.values), tokens.valid()
-    return torch.cat(_mean_and_std(values, valid), dim=1)
+    return torch.cat(_mean_and_std(at_least_float32(tokens.values), tokens.mask), dim=1)
 
 
 def input_features(value: Any, mask: Tensor | None, who: str) -> Float[Tensor, "batch feature"]:
@@ -82,10 +81,10 @@ def _valid(value: Tensor, mask: Tensor | None) -> Bool[Tensor, "batch frame"]:
 
 
 def _mean_and_std(
-    values: Float[Tensor, "batch token dim"], valid: Bool[Tensor, "batch token"]
+    values: Float[Tensor, "batch token dim"], valid: Bool[Tensor, "batch token"] | None
 ) -> tuple[Tensor, Tensor]:
     values = zero_masked(values, valid)
-    count = valid.sum(dim=1, keepdim=True).clamp(min=1)
+    count: Any = max(values.shape[1], 1) if valid is None else valid.sum(dim=1, keepdim=True).clamp(min=1)
     mean = values.sum(dim=1) / count
     squares = zero_masked(values - mean[:, None], valid).square().sum(dim=1) / count
     # The gradient of the square root is infinite at 0, the value for a single token.

@@ -80,11 +80,13 @@ class TrainingDistance(nn.Module):
     scale: Tensor
     references: Tensor
     whitening: Tensor
+    squares: Tensor
 
     def __init__(self) -> None:
         super().__init__()
         for name, shape in (("center", (0,)), ("scale", (0,)), ("references", (0, 0)), ("whitening", (0, 0))):
             self.register_buffer(name, torch.zeros(shape))
+        self.register_buffer("squares", torch.zeros(0), persistent=False)
 
     def fit(self, training: TrainingFeatures, *, covariance: bool, who: str) -> None:
         """Stores the training data.
@@ -114,6 +116,7 @@ class TrainingDistance(nn.Module):
             self.whitening = inverse.contiguous().to(dtype).to(device)
         else:
             self.references = standardized.to(device)
+            self.squares = self.references.square().sum(dim=1)
 
     def forward(self, features: Float[Tensor, "batch feature"]) -> Float[Tensor, " batch"]:
         """Returns log d of each sample; infinity for features that are not finite."""
@@ -130,9 +133,10 @@ class TrainingDistance(nn.Module):
 
     def _nearest(self, rows: Float[Tensor, "batch feature"]) -> Float[Tensor, " batch"]:
         best = rows.new_zeros(len(rows), 0)
-        for block in self.references.to(rows.dtype).split(BLOCK):
+        blocks = self.references.to(rows.dtype).split(BLOCK)
+        for block, squares in zip(blocks, self.squares.to(rows.dtype).split(BLOCK), strict=True):
             # Matrix products select candidates; their distances are computed without cancellation.
-            order = block.square().sum(dim=1) - 2 * rows.detach() @ block.T
+            order = torch.addmm(squares, rows.detach(), block.T, alpha=-2)
             near = order.topk(min(CANDIDATES, len(block)), dim=1, largest=False).indices
             best = torch.cat([best, (rows[:, None] - block[near]).norm(dim=2)], dim=1)
             best = best.topk(min(NEIGHBORS, best.shape[1]), dim=1, largest=False).values
@@ -145,3 +149,4 @@ class TrainingDistance(nn.Module):
             if isinstance(stored, Tensor) and stored.shape != buffer.shape:
                 setattr(self, name, torch.zeros(stored.shape, dtype=stored.dtype, device=buffer.device))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self.squares = self.references.square().sum(dim=1)
