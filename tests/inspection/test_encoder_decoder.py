@@ -66,6 +66,12 @@ def test_prompt_and_answer():
     assert again.answer == "dog"
 
 
+def test_several_images_raise():
+    model, processor, inputs = build("pix2struct")
+    with pytest.raises(ConfigError, match="one image for an encoder-decoder, got 2 images"):
+        eq.look(model, processor, image=[inputs["image"]] * 2, text="")
+
+
 def test_text_only_encoder_decoder_raises():
     from helpers.vlms import family
 

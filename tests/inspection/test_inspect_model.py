@@ -179,6 +179,22 @@ def test_cropped_image_area_is_reported(inspection):
     assert Image.open(io.BytesIO(inspection.image)).size == (26, 18)
 
 
+def test_several_images_have_one_map_each(model, tmp_path):
+    images = [wide_image(), wide_image(20, 20)]
+    result = look(model, build_processor(), image=images, text=QUESTION, max_new_tokens=2)
+    assert [scene.grid[:3] for scene in result.scenes] == [(3, 3, True)] * 2
+    places = [place for scene in result.scenes for place in scene.places]
+    assert places == [n for n, token in enumerate(result.tokens) if token.modality == "image"]
+    assert result.scenes[0].frame != result.scenes[1].frame == (0.0, 0.0, 1.0, 1.0)
+    assert len(result.to_dict()["scenes"]) == 2
+    blank = next(effect for effect in result.effects if effect.change == "blank image")
+    assert blank.difference != 0
+    assert result.report(tmp_path / "page.html").read_text().count("<canvas") == 2
+    single = look(model, build_processor(), image=images[:1], text=QUESTION, max_new_tokens=2)
+    assert single.scenes == ()
+    assert single.image is not None
+
+
 def test_selected_layers_only(model):
     some = look(model, build_processor(), image=wide_image(), text=QUESTION, answer="cat", layers="*layers.1.*")
     assert some.layers == ("model.language_model.layers.1.self_attn",)

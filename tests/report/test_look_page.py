@@ -315,3 +315,20 @@ def test_text_model_page_has_words_only(opened_page):
     view.get_by_role("button", name="mat", exact=True).click()
     assert "Attention of “mat” in all layers, all heads: 100 % to the 8 tokens of text." in displayed_value(view)
     assert view.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width", [390, 1280])
+def test_several_images_have_one_map_each(opened_page, width):
+    images = [wide_image(), wide_image(20, 20), wide_image(18, 26)]
+    several = look(build_llava(), build_processor(), image=images, text=QUESTION, max_new_tokens=3)
+    view = opened_page(several.to_dict(), width=width)
+    assert view.evaluate("document.documentElement.scrollWidth") <= width
+    maps = view.locator("canvas.map").evaluate_all("all => all.map(one => [one.toDataURL(), one.ariaLabel])")
+    assert len({pixels for pixels, _ in maps}) == 3
+    assert all(f"over image {number}." in label for number, (_, label) in enumerate(maps, start=1))
+    answer = several.maps.mean[0].float().mean(dim=0)
+    share = float(answer[list(several.scenes[1].places)].sum())
+    assert f"image 2 {100 * share:.0f} %" in view.locator("#told").text_content().replace("\u00a0", " ")
+    view.locator("#over").uncheck()
+    assert not any(view.locator("canvas.map").evaluate_all("all => all.map(one => one.checkVisibility())"))

@@ -23,7 +23,9 @@ def look_parser() -> Parser:
         *EXAMPLES,
     )
     parser.add_argument("model", help="model id on the Hugging Face Hub, or a folder written by save_pretrained")
-    parser.add_argument("--image", type=path, default=None, help="image, for a model with image input")
+    parser.add_argument(
+        "--image", type=path, action="append", default=None, help="image; give the option again for several images"
+    )
     parser.add_argument("--audio", type=path, default=None, help="sound file, for a model with audio input")
     parser.add_argument("--text", default="", help="question, with the chat template; none for speech recognition")
     parser.add_argument("--answer", default=None, help="an answer to score; by default the model generates one")
@@ -50,7 +52,7 @@ def look(options: Namespace) -> int:
 
     check_folder(options.out, "look")
     # Load the image first: an invalid one is reported before the model is loaded.
-    image = None if options.image is None else load_image(options.image, who="look image")
+    image = None if options.image is None else [load_image(one, who="look image") for one in options.image]
     notes = []
     with out.status("loading the model") as status:
         loaded = load_pretrained(

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from PIL import Image
 from torch import Tensor, nn
 
 from ..errors import ConfigError
@@ -20,7 +19,7 @@ from .attention_trace import TraceReader
 from .inspection_result import InspectedToken, InspectionView, SinkToken
 from .media_effects import MediaEffect, mean_log_likelihood
 from .patch_layout import PatchGrid, patch_grid
-from .prompt_inputs import Inputs, prompt_encoder, tokenizer_of
+from .prompt_inputs import Inputs, prompt_encoder, tokenizer_of, uniform_image
 
 
 class EncodedPrompt(NamedTuple):
@@ -69,8 +68,7 @@ def encode_prompt(model: Any, processor: Any, text: str, picture: Any, sound: An
         blank = {"audio": silent}
         reads_text = False
     else:
-        color = tuple(np.asarray(picture).reshape(-1, 3).mean(axis=0).round().astype(int).tolist())
-        empty = Image.new("RGB", picture.size, color)
+        empty = uniform_image(picture)
         # Pix2Struct renders the question into the image, or has none.
         rendered = getattr(processor.image_processor, "is_vqa", None)
         if rendered is None:

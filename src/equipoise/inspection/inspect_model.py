@@ -18,9 +18,9 @@ from ..recording import labels_for
 from .attention_maps import build_attention_maps, trace_readers
 from .attention_trace import trace_attention
 from .encoder_decoder import cross_effects, encode_prompt, generate_answer, trace_cross_attention
-from .inspection_result import VIEWS, InspectedToken, Inspection, build_view
+from .inspection_result import VIEWS, ImageScene, InspectedToken, Inspection, build_view
 from .media_effects import blank_media, mean_log_likelihood, measure_effects
-from .patch_layout import frame_index, patch_grid
+from .patch_layout import PatchGrid, frame_index, image_parts, patch_grid
 from .prompt_inputs import (
     PreparedPrompt,
     check_given,
@@ -58,7 +58,7 @@ def look(
         model: a transformers model (LLaVA, Qwen-VL, Gemma, Qwen-Audio, Llama, ...), or an encoder-decoder with images
             or audio (Whisper, Moonshine, Florence-2, Pix2Struct), whose cross-attention is recorded.
         processor: its processor, or its tokenizer for a text-only model.
-        image: a path or a PIL image.
+        image: a path or a PIL image, or a list of several.
         text: the question; formatted with the chat template unless it contains the image placeholder.
         audio: a path, or (sample,) at the model's sampling rate.
         answer: an answer to score instead of the one that the model would generate.
@@ -88,17 +88,20 @@ def look(
                           got=f"max_new_tokens = {max_new_tokens}, exclude_top_k = {exclude_top_k}")  # fmt: skip
     names = labels_for(model, None, None)[0].names
     check_given(model, names, text, image, audio)
-    picture = None if image is None else load_image(image, who="look image")
+    pictures = [load_image(one, who="look image") for one in _listed(image)]
+    picture = pictures[0] if pictures else None
     sound = None if audio is None else read_audio(audio, processor.feature_extractor.sampling_rate, who="look audio")
     if device is not None:
         model.to(device)
     if getattr(model.config, "is_encoder_decoder", False):
+        if len(pictures) > 1:
+            raise ConfigError("look", expected="one image for an encoder-decoder", got=f"{len(pictures)} images")
         return _look_at_encoder(
             model, processor, text, picture, sound, answer, max_new_tokens, layers, exclude_top_k, name, notes, progress
         )
     with eval_mode_no_grad(model):
         progress("preparing the prompt")
-        prompt = prepare_prompt(model, processor, text, picture, sound)
+        prompt = prepare_prompt(model, processor, text, pictures or None, sound)
         tokenizer = tokenizer_of(processor)
         if answer is None:
             progress("generating the answer")
@@ -126,6 +129,12 @@ def look(
     if apart := len(first.layers) - len(maps.layers):
         note = f"{apart} of {len(first.layers)} layers attend to another sequence than the text; the maps omit them."
         notes = (*notes, note)
+    grid = patch_grid(count, prompt.inputs, model.config, target) if target and count else None
+    scenes = []
+    if labels is not None and len(pictures) > 1:
+        places = (labels == first.names.index("image")).nonzero().flatten().tolist()
+        scenes = _scenes(processor, pictures, places, prompt.inputs, model.config)
+        grid = scenes[0].grid if scenes else PatchGrid(1, count, False, "the tokens of each image are unknown")
     if first.missing:
         listed = "; ".join(f"{layer}: {reason}" for layer, reason in first.missing.items())
         notes = (*notes, f"Not in the tables: {listed}.")
@@ -146,13 +155,34 @@ def look(
         log_likelihood=likelihood,
         effects=tuple(effects),
         target=target,
-        grid=patch_grid(count, prompt.inputs, model.config, target) if target and count else None,
+        grid=grid,
         frame=frame_index(processor, picture.size) if picture else (0.0, 0.0, 1.0, 1.0),
         maps=maps,
         image=_png(picture) if picture else None,
         exclude_top_k=exclude_top_k,
         notes=tuple(notes),
+        scenes=tuple(scenes),
     )
+
+
+def _listed(image: Any) -> list[Any]:
+    return [] if image is None else list(image) if isinstance(image, (list, tuple)) else [image]
+
+
+def _scenes(
+    processor: Any, pictures: Sequence[Image.Image], places: Sequence[int], inputs: dict[str, Any], config: Any
+) -> list[ImageScene]:
+    """Returns the grid of each of several images; none if the tokens of each image are unknown."""
+    parts = image_parts(places, len(pictures), inputs, config)
+    if parts is None:
+        return []
+    grids = inputs.get("image_grid_thw")
+    scenes = []
+    for index, (picture, part) in enumerate(zip(pictures, parts, strict=True)):
+        own = {} if grids is None else {"image_grid_thw": grids[index : index + 1]}
+        grid = patch_grid(len(part), own, config, "image")
+        scenes.append(ImageScene(_png(picture), grid, frame_index(processor, picture.size), tuple(part)))
+    return scenes
 
 
 def _look_at_encoder(

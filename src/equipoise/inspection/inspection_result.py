@@ -68,6 +68,15 @@ class InspectionView(NamedTuple):
     sinks: tuple[SinkToken, ...]
 
 
+class ImageScene(NamedTuple):
+    """One of several images: PNG, the grid of its tokens, the visible crop, and the positions of its tokens."""
+
+    image: bytes
+    grid: PatchGrid
+    frame: tuple[float, float, float, float]
+    places: tuple[int, ...]
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Inspection:
     """Result of ``look``.
@@ -93,6 +102,7 @@ class Inspection:
         written: (layer,) of an encoder-decoder, whose layers are the cross-attention of the decoder: the norm of its
             output relative to the sum with that of the self-attention; empty for other models. Its ``maps`` are
             weighted by the norm of the values.
+        scenes: one for each image if there are several; ``image``, ``grid`` and ``frame`` are then those of the first.
     """
 
     model: str
@@ -113,6 +123,7 @@ class Inspection:
     exclude_top_k: int
     notes: tuple[str, ...] = ()
     written: tuple[float, ...] = ()
+    scenes: tuple[ImageScene, ...] = ()
 
     @property
     def by_construction(self) -> bool:
@@ -178,7 +189,14 @@ class Inspection:
                 "sinks_left_out": self.exclude_top_k, "grid": self.grid and self.grid._asdict(), "frame": self.frame,
                 "maps": self.maps.to_dict(), "notes": self.notes, "caveat": CAVEAT,
                 "written": self.written, "by_construction": self.by_construction,
-                "picture": self.image and "data:image/png;base64," + base64.b64encode(self.image).decode(),
+                "picture": self.image and _data_url(self.image),
+                "scenes": [
+                    {
+                        "picture": _data_url(one.image), "grid": one.grid._asdict(), "frame": one.frame,
+                        "places": one.places,
+                    }
+                    for one in self.scenes
+                ],
             }, "look",
         )  # fmt: skip
 
@@ -218,6 +236,10 @@ class Inspection:
                 figures += f"{100 * value:.1f} %".rjust(16)
             lines.append(("mean" if layer is None else str(layer)).rjust(5) + figures)
         return "\n".join(lines)
+
+
+def _data_url(image: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(image).decode()
 
 
 def build_view(

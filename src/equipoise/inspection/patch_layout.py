@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 
@@ -50,6 +51,38 @@ def patch_grid(count: int, inputs: dict[str, Any], config: Any, kind: str = "ima
             side, side, True, f"{count} tokens form a square of {side} x {side}" if count > 1 else "one token"
         )
     return PatchGrid(1, count, False, f"{count} is not a square number, and the processor provides no grid")
+
+
+def image_parts(places: Sequence[int], images: int, inputs: dict[str, Any], config: Any) -> list[list[int]] | None:
+    """Splits the positions of image tokens into those of each image; None if the sizes are unknown.
+
+    The sizes are those of ``image_grid_thw``, or of runs of adjacent tokens if there is one for each image, or equal.
+
+    Example:
+        >>> image_parts([1, 2, 5, 6], 2, {}, None), image_parts([1, 2, 3, 4], 2, {}, None)
+        ([[1, 2], [5, 6]], [[1, 2], [3, 4]])
+        >>> image_parts([1, 2, 3], 2, {}, None)
+    """
+    grids = inputs.get("image_grid_thw")
+    if grids is not None and len(grids) == images:
+        patches = [math.prod(int(size) for size in grid) for grid in grids]
+        merged = math.isqrt(max(sum(patches) // max(len(places), 1), 1)) ** 2
+        counts = [count // merged for count in patches]
+        if sum(counts) == len(places):
+            return _split(places, counts)
+    runs: list[list[int]] = []
+    for place in places:
+        if not runs or runs[-1][-1] != place - 1:
+            runs.append([])
+        runs[-1].append(place)
+    if len(runs) == images:
+        return runs
+    return _split(places, [len(places) // images] * images) if len(places) % images == 0 else None
+
+
+def _split(places: Sequence[int], counts: Sequence[int]) -> list[list[int]]:
+    ends = [sum(counts[: index + 1]) for index in range(len(counts))]
+    return [list(places[end - count : end]) for end, count in zip(ends, counts, strict=True)]
 
 
 def frame_index(processor: Any, size: tuple[int, int]) -> tuple[float, float, float, float]:

@@ -44,20 +44,29 @@ class PreparedPrompt:
 
 
 def prepare_prompt(model: Any, processor: Any, text: str, image: Any = None, audio: Any = None) -> PreparedPrompt:
-    """Prepares the inputs of a question, with the chat template if there is one, else with placeholders and text."""
+    """Prepares the inputs of a question, with the chat template if there is one, else with placeholders and text.
+
+    ``image`` is a Pillow image, or a list of several.
+    """
     media: dict[str, Any] = {}
-    if image is not None:
-        media["images"] = [image]
+    pictures = image if isinstance(image, list) else [] if image is None else [image]
+    if pictures:
+        media["images"] = pictures
     if audio is not None:
         media["audio"] = [audio]
     prompt, process = prompt_encoder(model, processor, text, media)
     blank: dict[str, dict[str, Any]] = {}
-    if image is not None:
-        color = tuple(np.asarray(image).reshape(-1, 3).mean(axis=0).round().astype(int).tolist())
-        blank["image"] = process({**media, "images": [Image.new("RGB", image.size, color)]})
+    if pictures:
+        blank["image"] = process({**media, "images": [uniform_image(one) for one in pictures]})
     if audio is not None:
         blank["audio"] = process({**media, "audio": [np.zeros_like(audio)]})
     return PreparedPrompt(prompt, process(media), blank)
+
+
+def uniform_image(picture: Image.Image) -> Image.Image:
+    """Returns an image of the same size in the mean color of an image."""
+    color = tuple(np.asarray(picture).reshape(-1, 3).mean(axis=0).round().astype(int).tolist())
+    return Image.new("RGB", picture.size, color)
 
 
 def prompt_encoder(

@@ -50,8 +50,11 @@
   const layer = get("layer");
   const head = get("head");
   const status = get("told");
-  const canvas = get("map");
-  const frame = get("frame");
+  // One scene for each image; a page of one image has no list of them.
+  const described = look.scenes?.length ? look.scenes : [{ ...look, places: targets }];
+  const scenes = [...document.querySelectorAll("canvas.map")].map((canvas, index) => ({
+    ...described[index], canvas, cover: canvas.parentElement.classList.contains("frame") ? canvas.parentElement : null,
+  }));
   const over = get("over");
   const weak = get("weak");
   const chips = [...document.querySelectorAll(".chip[data-reader]")];
@@ -65,29 +68,41 @@
   };
 
   // Description of a position in words.
-  const describePosition = (index) => {
-    const { rows, columns, known } = look.grid;
+  const describePosition = (index, { rows, columns, known }) => {
     if (look.target === "audio") return `at ${Math.round((100 * (index + 0.5)) / columns)}\u00a0% of its duration`;
     if (!known) return `at token ${index + 1} of ${columns}`;
     return `in row ${Math.floor(index / columns) + 1} of ${rows}, column ${(index % columns) + 1} of ${columns}`;
   };
 
   const draw = (values, whole) => {
-    const figures = targets.map((place) => values[place]);
-    const top = Math.max(...figures, 0);
-    const context = canvas.getContext("2d");
-    const image = context.createImageData(look.grid.columns, look.grid.rows);
-    const covers = canvas.classList.contains("strip");
-    figures.forEach((figure, i) => {
-      const value = top ? (weak.checked ? Math.sqrt(figure / top) : figure / top) : 0;
-      const alpha = covers ? 255 : Math.round(255 * (0.3 + 0.5 * value));
-      image.data.set([...shade(value), alpha], 4 * i);
+    const top = Math.max(...targets.map((place) => values[place]), 0);
+    let description = `No attention goes to the ${look.target}.`;
+    scenes.forEach(({ canvas, grid, places }, number) => {
+      const figures = places.map((place) => values[place]);
+      const context = canvas.getContext("2d");
+      const image = context.createImageData(grid.columns, grid.rows);
+      const covers = canvas.classList.contains("strip");
+      figures.forEach((figure, i) => {
+        const value = top ? (weak.checked ? Math.sqrt(figure / top) : figure / top) : 0;
+        const alpha = covers ? 255 : Math.round(255 * (0.3 + 0.5 * value));
+        image.data.set([...shade(value), alpha], 4 * i);
+      });
+      context.putImageData(image, 0, 0);
+      const name = scenes.length > 1 ? `image ${number + 1}` : `the ${look.target}`;
+      const brightest = figures.indexOf(top);
+      let own = top ? "" : description;
+      if (top && brightest >= 0) {
+        const where = scenes.length > 1 ? `${name}, ` : "";
+        own = `The maximum is ${where}${describePosition(brightest, grid)}: ${percent(top)}.`;
+        description = own;
+      }
+      canvas.setAttribute("aria-label", `Attention of ${whole} over ${name}. ${own}`.trim());
     });
-    context.putImageData(image, 0, 0);
     get("high").textContent = `${percent(top)} per token`;
-    const brightest = figures.indexOf(top);
-    const description = top ? `The maximum is ${describePosition(brightest)}: ${percent(top)}.` : `No attention goes to the ${look.target}.`;
-    canvas.setAttribute("aria-label", `Attention of ${whole} over the ${look.target}. ${description}`);
+    if (scenes.length > 1) {
+      const parts = scenes.map(({ places }, number) => `image ${number + 1} ${percent(part(values, places))}`);
+      description += ` By image: ${parts.join(", ")}.`;
+    }
     return description;
   };
 
@@ -126,7 +141,7 @@
       return places.length && !unread ? `${percent(part(values, places))} to ${places.length === 1 ? "the 1 token" : `the ${places.length} tokens`} of ${name}` : null;
     });
     let summary = `Attention of ${who} ${where}: ${parts.filter(Boolean).join(", ")}.`;
-    if (canvas) summary += ` ${draw(values, `${who} ${where}`)}`;
+    if (scenes.length) summary += ` ${draw(values, `${who} ${where}`)}`;
     status.textContent = summary;
     color(values, l, h);
   };
@@ -157,19 +172,21 @@
   }
 
   const cover = () => {
-    frame.classList.toggle("over", over.checked);
-    canvas.hidden = !over.checked;
-  };
-  if (canvas) {
-    canvas.hidden = false;
-    if (frame && over) {
-      const [left, upper, right, lower] = look.frame.map((edge) => 100 * edge);
-      Object.assign(canvas.style, {
-        left: `${left}%`, top: `${upper}%`, width: `${right - left}%`, height: `${lower - upper}%`,
-      });
-      over.addEventListener("input", cover);
-      cover();
+    for (const { canvas, cover: frame } of scenes) {
+      if (!frame) continue;
+      frame.classList.toggle("over", over.checked);
+      canvas.hidden = !over.checked;
     }
+  };
+  for (const { canvas, cover: box, frame } of scenes) {
+    canvas.hidden = false;
+    if (!box || !over) continue;
+    const [left, upper, right, lower] = frame.map((edge) => 100 * edge);
+    Object.assign(canvas.style, { left: `${left}%`, top: `${upper}%`, width: `${right - left}%`, height: `${lower - upper}%` });
+  }
+  if (over) {
+    over.addEventListener("input", cover);
+    cover();
   }
   document.querySelectorAll(".sliders, .scale, .switches, .colors").forEach((part) => (part.hidden = false));
   show();
