@@ -228,7 +228,9 @@ def _start_tokens(model: Any, tokenizer: Any) -> Int[Tensor, "1 token"]:
         return torch.tensor([prefix])
     for config in (model.generation_config, model.config, model.config.get_text_config(decoder=True)):
         if isinstance(start := getattr(config, "decoder_start_token_id", None), int):
-            return torch.tensor([[start]])
+            # Whisper writes text without times after this token, which is part of WhisperTokenizer's prefix.
+            plain = tokenizer.get_vocab().get("<|notimestamps|>")
+            return torch.tensor([[start] if plain is None else [start, plain]])
     raise ConfigError("look", expected="a decoder_start_token_id in the configuration", got="none")
 
 

@@ -209,7 +209,7 @@ def facts(content: Mapping[str, Any]) -> list[tuple[str, str]]:
     kinds = [token["modality"] or "other" for token in content["tokens"]]
     sizes = [f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds)]
     rows = [
-        ("Model", content["model"]), ("Prompt", content["prompt"]),
+        ("Model", content["model"]), *([("Prompt", content["prompt"])] if content["prompt"] else []),
         ("Answer (provided)" if content["given"] else "Answer (greedy decoding)", content["answer"]),
         ("Tokens", join_and(sizes)), ("Layers", f"{len(content['sites'])}, from {content['sites'][0]}"),
     ]  # fmt: skip
