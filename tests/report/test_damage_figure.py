@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from equipoise.report.damage_figure import best_intact, confidence_interval, damage, damage_png, damage_text
+from equipoise.report.damage_figure import (
+    best_intact,
+    confidence_interval,
+    damage,
+    damage_metrics,
+    damage_png,
+    damage_text,
+)
 from equipoise.report.results_view import ResultsView
 from equipoise.results import result_rows
 from helpers.fake_results import fake_results
@@ -40,6 +47,19 @@ def test_each_damage_has_a_panel():
         assert title in damage_text(view)
     assert "audio damaged: zeros: the best fusion is joint+rollingq with 50.0 %" in damage_text(view)
     assert damage_png(view)[:4] == b"\x89PNG"
+
+
+def test_single_panels_share_their_horizontal_axis():
+    view = ResultsView(with_damage())
+    metrics = damage_metrics(view)
+    assert len(metrics) == 4
+    ticks = set()
+    for metric in metrics:
+        text = re.sub(r"<[^>]+>", "\n", damage(view, metric))
+        assert len(re.findall("replaced by noise|damaged: zeros", text.split("Means")[0])) >= 1
+        ticks.add(tuple(re.findall(r"[\d.]+ %(?=\n)", text)[-5:]))
+        assert damage_text(view, metric).count("the best fusion") == 1
+    assert len(ticks) == 1
 
 
 def test_figure_is_omitted_without_a_unimodal_baseline():

@@ -44,7 +44,7 @@ def test_page_is_small_and_complete(tmp_path):
     out = report(fake_results(), tmp_path / "report.html")
     assert out.stat().st_size < 1.5e6
     text = out.read_text()
-    assert text.count("<svg") == text.count("<figcaption>") == 18
+    assert text.count("<svg") == text.count("<figcaption>") == 19
     assert "joint+rollingq has a higher attention–noise correlation than joint" in text
 
 
@@ -221,7 +221,7 @@ def test_methods_without_value_are_sorted_last(opened_page, full_results):
 def test_figures_have_labels_and_captions(opened_page, full_results):
     view = opened_page(full_results)
     pictures = view.get_by_role("img").all()
-    assert len(pictures) == 18 == len(view.locator("svg, img").all())
+    assert len(pictures) == 19 == len(view.locator("svg, img").all())
     names = [picture.get_attribute("aria-label") for picture in pictures]
     assert len(set(names)) == len(names)
     captions = view.locator("figcaption").all_text_contents()

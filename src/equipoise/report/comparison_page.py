@@ -152,7 +152,7 @@ def _sections(readings: ResultsView) -> list[PageSection]:
             "Each panel damages one modality of the test samples. The dashed line is the best modality that is intact, "
             "alone: a fusion that is worse would do better without the damaged modality. Dots are runs; lines and the "
             "band are 95 % confidence intervals of the mean over runs.",
-            _figures(readings, damage_figure.damage, damage_figure.damage_text, [()]),
+            _figures(readings, damage_figure.damage, damage_figure.damage_text, damage_figure.damage_metrics(readings)),
         ),
         PageSection(
             "Scores by method",

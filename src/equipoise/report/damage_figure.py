@@ -65,11 +65,21 @@ def _panels(readings: ResultsView) -> Iterator[tuple[str, str, str]]:
                 yield metric, name, f"{name} {words}"
 
 
-def damage(readings: ResultsView) -> str | None:
-    """Scores of the fusions with each modality damaged: means, 95 % intervals, and the best intact modality."""
+def damage_metrics(readings: ResultsView) -> list[str]:
+    """Metrics that ``damage`` can draw, one for each damage of each modality."""
+    return [metric for metric, _, _ in _panels(readings) if _fusions(readings, metric)]
+
+
+def damage(readings: ResultsView, only: str | None = None) -> str | None:
+    """Scores of the fusions with each modality damaged: means, 95 % intervals, and the best intact modality.
+
+    ``only`` is the metric of a single panel, which has the horizontal axis of all panels.
+    """
     with style_context():
-        figure = _draw(readings)
-        return None if figure is None else to_svg(figure, "damage", damage_text(readings))
+        figure = _draw(readings, only)
+        # Numbered, since the user chooses the names of modalities.
+        name = "damage" if only is None else f"damage-{damage_metrics(readings).index(only)}"
+        return None if figure is None else to_svg(figure, name, damage_text(readings, only))
 
 
 def damage_png(readings: ResultsView) -> bytes | None:
@@ -79,13 +89,13 @@ def damage_png(readings: ResultsView) -> bytes | None:
         return None if figure is None else to_png(figure)
 
 
-def damage_text(readings: ResultsView) -> str:
+def damage_text(readings: ResultsView, only: str | None = None) -> str:
     """Caption: the fusions that reach the best intact modality under each damage, and the best one."""
     parts = []
     for metric, name, title in _panels(readings):
         intact = best_intact(readings, name)
         means = {method: fmean(readings.values(method, metric)) for method in _fusions(readings, metric)}
-        if intact is None or not means:
+        if intact is None or not means or only not in (None, metric):
             continue
         other, values = intact
         best = max(means, key=lambda method: gain(metric, means[method]))
@@ -100,8 +110,9 @@ def _fusions(readings: ResultsView, metric: str) -> list[str]:
     return [name for name in readings.methods if name not in readings.single and readings.values(name, metric)]
 
 
-def _draw(readings: ResultsView) -> Figure | None:
-    panels = [panel for panel in _panels(readings) if _fusions(readings, panel[0])]
+def _draw(readings: ResultsView, only: str | None = None) -> Figure | None:
+    every_panel = [panel for panel in _panels(readings) if _fusions(readings, panel[0])]
+    panels = [panel for panel in every_panel if only in (None, panel[0])]
     if not panels:
         return None
     columns = max(2, len({name for _, name, _ in panels})) if len(panels) > 1 else 1
@@ -115,7 +126,22 @@ def _draw(readings: ResultsView) -> Figure | None:
     for number, (axes, (metric, name, title)) in enumerate(zip(every.flat, panels, strict=False)):
         _panel(axes, readings, metric, name, named=number % columns == 0)
         axes.set_title(title, loc="left", fontsize=9, color=INK)
+        if only is not None:
+            axes.set_xlim(*_limits(readings, every_panel))
     return figure
+
+
+def _limits(readings: ResultsView, panels: list[tuple[str, str, str]]) -> tuple[float, float]:
+    """Common limits of the horizontal axis: all scores and intervals, with a margin."""
+    ends: list[float] = []
+    for metric, name, _ in panels:
+        samples = [readings.values(method, metric) for method in _fusions(readings, metric)]
+        if (intact := best_intact(readings, name)) is not None:
+            samples.append(intact[1])
+        for values in samples:
+            ends += [as_read(metric, end) for end in (*values, *(confidence_interval(values) or ()))]
+    margin = 0.04 * (max(ends) - min(ends)) or 1e-3
+    return min(ends) - margin, max(ends) + margin
 
 
 def _panel(axes: Axes, readings: ResultsView, metric: str, name: str, *, named: bool) -> None:
