@@ -225,7 +225,7 @@ def test_figures_have_labels_and_captions(opened_page, full_results):
     names = [picture.get_attribute("aria-label") for picture in pictures]
     assert len(set(names)) == len(names)
     captions = view.locator("figcaption").all_text_contents()
-    assert len(captions) == 18
+    assert len(captions) == 19
     assert min(map(len, captions)) > 20
 
 
