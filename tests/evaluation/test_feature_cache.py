@@ -65,3 +65,43 @@ def test_outputs_changed_in_place_are_not_reused(counted):
         cache._kept[0].output.pooler_output[0].zero_()
         assert torch.equal(model(**inputs).logits, expected)
         assert len(passes) == count + 1
+
+
+@torch.no_grad()
+def test_arguments_changed_in_place_are_encoded_again(counted):
+    model, inputs, _ = counted
+    cache = FeatureCache(model)
+    with cache.open(), cache.reused("hidden"):
+        for _ in range(2):
+            model(**inputs)
+        inputs["pixel_values"].mul_(0.5)
+        logits = model(**inputs).logits
+    assert torch.equal(logits, model(**inputs).logits)
+
+
+@torch.no_grad()
+def test_outputs_of_a_condition_that_changes_them_are_not_kept(counted):
+    model, inputs, _ = counted
+    cache = FeatureCache(model)
+    second = {**inputs, "pixel_values": inputs["pixel_values"] + 1}
+    expected = model(**second).logits
+    with cache.open():
+        for _ in range(2):
+            with cache.reused("blank"):
+                model(**inputs)
+        with cache.reused("hidden"):
+            handle = model.model.vision_tower.register_forward_pre_hook(lambda _, args: (args[0] * 2, *args[1:]))
+            for one in (inputs, second):
+                model(**one)
+            handle.remove()
+        with cache.reused("blank"):
+            assert torch.equal(model(**second).logits, expected)
+
+
+def test_inference_mode_reuses_nothing(counted):
+    model, inputs, passes = counted
+    cache = FeatureCache(model)
+    with torch.inference_mode(), cache.open(), cache.reused("hidden"):
+        for _ in range(3):
+            model(**inputs)
+    assert len(passes) == 3

@@ -13,6 +13,7 @@ import equipoise as eq
 from equipoise.cli import run
 from equipoise.errors import ConfigError, DataError
 from equipoise.evaluation import evaluate_questions
+from equipoise.evaluation.questions.model_questions import checked_betas
 from helpers.vlms import TEXT, VISION
 
 COLORS = {"red": (220, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 220), "white": (250, 250, 250)}
@@ -176,8 +177,24 @@ def test_steering_curve(trained_models, score, tmp_path):
     assert {"steer -4", "steer 2", "steer 2 attention_share"} <= set(header)
     assert "More and less attention to the image" in (tmp_path / "questions.html").read_text()
     assert "steered by -4" in result.table()
-    with pytest.raises(ConfigError, match="numbers from -100 to 100"):
-        evaluate_questions(model, encode, rows, steer=(1000,))
+    for wrong in ((1000,), ("1",), "12", 5, (float("nan"),)):
+        with pytest.raises(ConfigError, match="numbers from -100 to 100"):
+            evaluate_questions(model, encode, rows, steer=wrong)
+
+
+def test_steer_merges_numbers_with_one_name():
+    assert checked_betas(np.float32([1, 1.0000001, -2])) == (-2.0, 0.0, 1.0)
+
+
+def test_inference_mode_and_equal_media(trained_models):
+    rows, model, encode = with_choices(build_samples(2)), trained_models["image"], build_processor()
+    with torch.inference_mode():
+        result = evaluate_questions(model, encode, rows)
+    plain = evaluate_questions(model, encode, rows)
+    assert result.failed == 0
+    assert result.rows == plain.rows
+    with pytest.raises(ConfigError, match="evaluate conditions: expected questions with different media"):
+        evaluate_questions(model, encode, rows[:1])
 
 
 @pytest.mark.parametrize("kind", ["one token", "several tokens", "generated"])

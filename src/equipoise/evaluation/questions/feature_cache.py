@@ -22,15 +22,16 @@ class EncodedMedia(NamedTuple):
 
     arguments: Any
     output: Any
-    versions: list[int]
+    versions: list[Any]
 
 
 class FeatureCache:
     """Keeps the last outputs of a model's encoders while questions are asked.
 
-    An output is reused only if all arguments are equal, element by element, and the model has not changed it in place.
+    An output is reused only if all arguments are equal, element by element, and neither was changed in place since.
     When a condition could reuse an output for the first time, the encoder runs all the same, and outputs are reused
     under this condition only if the new one is equal, since a condition may also change the encoder's attention.
+    Nothing is reused in ``torch.inference_mode``, where tensors have no version counters.
 
     Args:
         model: the model in evaluation mode; its inner modules call their own method in the forward pass.
@@ -69,14 +70,16 @@ class FeatureCache:
         condition, arguments = self._condition, (inner, args, kwargs)
         place = next((n for n, one in enumerate(self._kept) if _equal(one.arguments, arguments)), None)
         kept = None if place is None else self._kept.pop(place)
-        if kept is not None and kept.versions != _versions(kept.output):
+        if kept is not None and kept.versions != _versions((kept.arguments, kept.output)):
             kept = None
         if kept is None or not condition or not self._trusted.get(condition, False):
             output = inner(*args, **kwargs)
             if kept is not None and condition:
                 self._trusted.setdefault(condition, _equal(kept.output, output))
-            kept = kept or EncodedMedia(arguments, output, _versions(output))
-            self._kept = [*self._kept[1 - SIZE :], kept]
+            if kept is None and self._trusted.get(condition, True):
+                kept = EncodedMedia(arguments, output, _versions((arguments, output)))
+            if kept is not None:
+                self._kept = [*self._kept[1 - SIZE :], kept]
             return output
         self._kept.append(kept)
         return kept.output
@@ -95,8 +98,9 @@ def _equal(first: Any, second: Any) -> bool:
     return type(first) is type(second) and bool(first == second)
 
 
-def _versions(value: Any) -> list[int]:
+def _versions(value: Any) -> list[Any]:
     if isinstance(value, Tensor):
-        return [value._version]
+        # An object equals nothing but itself.
+        return [object() if value.is_inference() else value._version]
     parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, (tuple, list)) else ()
     return [version for part in parts for version in _versions(part)]

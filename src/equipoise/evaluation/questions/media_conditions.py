@@ -34,17 +34,19 @@ class MediaConditions:
         seed: of the permutation.
         other: whether the condition "other" is needed.
         rate: sample rate in Hz of sounds that are loaded from files.
+        who: start of error messages.
 
     Raises:
         ConfigError: "other" is needed and all questions have the same media.
     """
 
     def __init__(
-        self, questions: Sequence[MediaQuestion], seed: int = 0, *, other: bool = True, rate: int = RATE
-    ) -> None:
+        self, questions: Sequence[MediaQuestion], seed: int = 0, *, other: bool = True, rate: int = RATE,
+        who: str = "blind",
+    ) -> None:  # fmt: skip
         self._questions, self._rate = questions, rate
         self._color: np.ndarray | None = None
-        self._partners = _partners([_identity(question) for question in questions], seed) if other else []
+        self._partners = _partners([_identity(question) for question in questions], seed, who) if other else []
 
     @property
     def order(self) -> list[int]:
@@ -123,7 +125,7 @@ def digest(media: Media) -> str:
     return parts.hexdigest()
 
 
-def _partners(identities: Sequence[str], seed: int) -> list[int]:
+def _partners(identities: Sequence[str], seed: int, who: str) -> list[int]:
     """Returns, for each question, the index of a question with different media."""
     count = len(identities)
     order = np.random.default_rng(seed).permutation(count)
@@ -136,7 +138,7 @@ def _partners(identities: Sequence[str], seed: int) -> list[int]:
                 break
         else:
             raise ConfigError(
-                "blind conditions", expected="questions with different media for the condition 'other'",
+                f"{who} conditions", expected="questions with different media for the condition 'other'",
                 got="the same media for all questions", fix="Leave out 'other': conditions=('given', 'blank', 'none').",
             )  # fmt: skip
     return partners

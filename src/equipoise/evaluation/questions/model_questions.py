@@ -105,7 +105,7 @@ def evaluate_questions(
     metric_name, scoring = ("likelihood", choice) if by_likelihood else scoring_for(metric, questions)
     reader = getattr(processor, "feature_extractor", None)
     rate = int(getattr(reader, "sampling_rate", None) or RATE)
-    sources = MediaConditions(questions, seed, other="other" in chosen, rate=rate)
+    sources = MediaConditions(questions, seed, other="other" in chosen, rate=rate, who="evaluate")
     target = AskedModel(model, processor, max_new_tokens, batch_size, by_likelihood)
     how = "likelihood" if by_likelihood else f"generated {max_new_tokens}"
     with eval_mode_no_grad(model), target.features.open():
@@ -134,16 +134,20 @@ def checked_betas(values: Sequence[float]) -> tuple[float, ...]:
     """Returns the numbers for ``steer`` in ascending order, with 0, the questions as given.
 
     Raises:
-        ConfigError: values that are not finite numbers from -100 to 100.
+        ConfigError: values other than numbers from -100 to 100.
 
     Example:
         >>> checked_betas([1, -2]), checked_betas([])
         ((-2.0, 0.0, 1.0), ())
     """
-    wrong = [value for value in values if not isinstance(value, (int, float)) or not abs(value) <= 100]
-    if wrong:
-        raise ConfigError("evaluate steer", expected="numbers from -100 to 100", got=repr(wrong[0]))
-    return tuple(sorted({0.0, *(float(value) for value in values)})) if len(values) else ()
+    try:
+        betas = [math.nan if isinstance(value, str) else float(value) for value in values]
+    except (TypeError, ValueError):
+        betas = [math.nan]
+    if not all(abs(beta) <= 100 for beta in betas):
+        raise ConfigError("evaluate steer", expected="a list of numbers from -100 to 100", got=repr(values))
+    # Conditions are named by the number with six digits.
+    return tuple(sorted({0.0, *(float(f"{beta:g}") for beta in betas)})) if betas else ()
 
 
 def _extras(replies: Mapping[tuple[str, int], Reply], condition: str, count: int, name: str) -> list[float | None]:
