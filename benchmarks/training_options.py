@@ -85,7 +85,7 @@ class Variant:
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in parameters:
                 sizes[storage.data_ptr()] = storage.nbytes()
-            return tensor
+            return tensor.detach()
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             loss = self.loss(batch)

@@ -1,6 +1,7 @@
 """A battery over every balancer that the package has, in a training loop as users write it."""
 
 import copy
+import gc
 import inspect
 import math
 from functools import partial
@@ -80,6 +81,20 @@ def test_trains_with_any_number_of_modalities(name, number):
     logs = train(model, balancing, sgd(model, balancing), 2)
     assert all_finite(model, logs)
     assert not torch.equal(eval_logits(model), before)
+
+
+@every
+def test_training_keeps_no_tensors_of_earlier_steps(name):
+    model, balancing = build_with_balancer(name)
+    optimizer = sgd(model, balancing)
+    batches, val = split_batch(batch(size=8), 4, 4), [batch(size=4, seed=1)]
+    counts = []
+    for _ in range(5):
+        epoch(model, balancing, optimizer, batches, val)
+        gc.collect()
+        counts.append(sum(issubclass(type(one), torch.Tensor) for one in gc.get_objects()))
+    # Some balancers create tensors in the third epoch.
+    assert counts[4] <= counts[2]
 
 
 @every

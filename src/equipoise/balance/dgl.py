@@ -140,8 +140,8 @@ class DGL(Balancer):
         """Returns the sum of a modality's losses as a term with gradient to its tokens only, and its value."""
         model, own = self._model[0], tokens[name]
         # Tensors of this graph are not left to activation checkpointing around model and loss, which would recompute
-        # the whole forward pass for them.
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_same, _same):
+        # the whole forward pass for them. Hooks that return a saved output itself would create a reference cycle.
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(torch.Tensor.detach, _same):
             leaf = _leaf(own.values)
             alone = derived(tokens, {**tokens, name: replace(own, values=leaf)})
             losses = model.sample_losses(subset_logits(model, alone, [name]), target).masked_fill(~present, 0.0)
