@@ -8,9 +8,8 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from ..io.atomic_files import atomic_write, check_file
-from .command_line import Parser, described, path, whole
+from .command_line import Parser, described, path, whole, with_recipe_options
 from .data_options import add_data_options, chosen_recipe
-from .recipe_overrides import HELP
 
 if TYPE_CHECKING:
     from ..training.run_cost import RunCost
@@ -34,9 +33,7 @@ def bench_parser() -> Parser:
     parser.add_argument("--steps", type=whole, default=20, help="optimizer steps to time")
     parser.add_argument("--accelerator", default="auto", help="accelerator of Lightning: auto, cpu, gpu; one device")
     parser.add_argument("--out", type=path, default=None, help="also write the figures to this JSON file")
-    parser.reads_recipe = True
-    parser.epilog = f"{HELP}\n\n{parser.epilog}"
-    return parser
+    return with_recipe_options(parser)
 
 
 def bench(options: Namespace) -> int:

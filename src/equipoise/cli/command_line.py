@@ -106,3 +106,10 @@ def _replacement(error: UnicodeError) -> tuple[str, int]:
         raise error
     letters = error.object[error.start : error.end]
     return "".join(REPLACED.get(one, ascii(one)[1:-1] if one != "'" else one) for one in letters), error.end
+
+
+def with_recipe_options(parser: Parser) -> Parser:
+    """Makes the parser accept the options of a recipe as well."""
+    parser.reads_recipe = True
+    parser.epilog = f"{recipe_overrides.HELP}\n\n{parser.epilog}"
+    return parser
