@@ -9,7 +9,7 @@ import torch
 
 import equipoise as eq
 from equipoise.cli import run
-from equipoise.errors import ConfigError
+from equipoise.errors import ConfigError, DataError
 from equipoise.report.look_html import look_page
 from helpers.encoder_decoders import SOUND, build
 
@@ -70,6 +70,25 @@ def test_several_images_raise():
     model, processor, inputs = build("pix2struct")
     with pytest.raises(ConfigError, match="one image for an encoder-decoder, got 2 images"):
         eq.look(model, processor, image=[inputs["image"]] * 2, text="")
+
+
+@pytest.mark.parametrize("name", ["whisper", "florence2"])
+def test_patterns_that_include_the_encoder_give_the_cross_attention(name):
+    model, processor, inputs = build(name)
+    plain, whole = (eq.look(model, processor, **inputs, answer="a cat sits", layers=layers) for layers in (None, "*"))
+    assert whole.layers == plain.layers
+    assert torch.equal(whole.maps.mean, plain.maps.mean)
+
+
+def test_sound_as_tensor_without_text():
+    model, processor, inputs = build("whisper")
+    plain = eq.look(model, processor, **inputs, max_new_tokens=2)
+    other = eq.look(model, processor, audio=torch.from_numpy(SOUND), max_new_tokens=2)
+    assert other.log_likelihood == plain.log_likelihood
+    with pytest.raises(ConfigError, match="a processor with a feature extractor for audio, got "):
+        eq.look(model, processor.tokenizer, audio=SOUND)
+    with pytest.raises(DataError, match="look audio: expected a sound, its path or its content, got list"):
+        eq.look(model, processor, audio=[SOUND, SOUND])
 
 
 def test_text_only_encoder_decoder_raises():

@@ -321,6 +321,7 @@ def test_tokens_keep_their_leading_space():
     [
         ({}, r"look: expected an input in addition to the text, since LlavaForConditionalGeneration takes text and "
              r"image, got text only. Give image=..., or --image FILE."),
+        ({"image": []}, "look: expected an input in addition to the text"),
         ({"audio": np.zeros(8)}, "expected inputs of LlavaForConditionalGeneration: text and image, got audio"),
         ({"image": wide_image(), "text": "  "}, "expected a text, such as a question about the image, got none"),
         ({"image": wide_image(), "answer": " "}, "look answer: expected text of at least one token without "
@@ -339,6 +340,12 @@ def test_mismatched_inputs_raise(model, options, message):
 def test_image_for_a_text_model_raises():
     with pytest.raises(ConfigError, match=r"expected inputs of LlamaForCausalLM: text, got image\. Omit image"):
         look(build_llama(), tokenizer(), image=wide_image(), text=QUESTION)
+
+
+@pytest.mark.parametrize("wrong", [np.zeros((4, 4, 3)), [None], [[wide_image()]]])
+def test_image_of_another_type_raises(model, wrong):
+    with pytest.raises(DataError, match="look image: expected an image, its path or its content, got "):
+        look(model, build_processor(), image=wrong, text=QUESTION)
 
 
 @pytest.mark.parametrize(

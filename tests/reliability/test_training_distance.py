@@ -43,6 +43,17 @@ def test_block_size_does_not_change_the_result(monkeypatch):
     assert torch.allclose(fit_distances(rows)(new), full, **TOL[torch.float32])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_nearest_neighbors_in_half_precision(dtype):
+    # Neighbors are close together in comparison with the rounding of squared norms.
+    rows = torch.randn(1000, 1, generator=torch.Generator().manual_seed(0)).expand(-1, 64)
+    distance = fit_distances(rows).to(dtype)
+    new = (rows[:50] - distance.center.float()) / distance.scale.float()
+    pairs = (new[:, None] - distance.references.float()).norm(dim=2)
+    expected = pairs.topk(5, dim=1, largest=False).values.mean(dim=1)
+    assert torch.allclose(distance(rows[:50]).exp(), expected, **TOL[torch.float32])
+
+
 def test_mahalanobis_distance_uses_the_shrunk_covariance():
     random = torch.Generator().manual_seed(0)
     rows = torch.randn(97, 5, generator=random, dtype=torch.float64) @ torch.randn(5, 5, generator=random).double()

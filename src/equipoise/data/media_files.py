@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import warnings
 from pathlib import Path
 from typing import Literal
@@ -11,6 +12,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float
 from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
 
 from ..errors import DataError
 
@@ -53,7 +55,7 @@ def load_image(image: str | Path | bytes | Image.Image, *, who: str = "image") -
     """
     content = b""
     if not isinstance(image, Image.Image):
-        who = who if isinstance(image, bytes) else f"{who} '{image}'"
+        who = f"{who} '{image}'" if isinstance(image, (str, os.PathLike)) else who
         content = _content(image, who, "an image")
     try:
         with warnings.catch_warnings():
@@ -84,18 +86,22 @@ def load_image(image: str | Path | bytes | Image.Image, *, who: str = "image") -
 
 
 def read_audio(
-    sound: str | Path | bytes | np.ndarray, rate: int, *, who: str = "audio"
+    sound: str | Path | bytes | np.ndarray | Tensor, rate: int, *, who: str = "audio"
 ) -> Float[np.ndarray, " sample"]:
     """Loads a sound as mono (mean of the channels), resampled to the given rate.
 
     Args:
-        sound: a file of any rate, its content, or an array (sample,) of this rate.
+        sound: a file of any rate, its content, or an array or tensor (sample,) of this rate.
         rate: sample rate of the result, in Hz.
         who: start of the error messages.
 
     Raises:
         DataError: as ``load_audio``; the array is not finite floating (sample,).
     """
+    if isinstance(sound, Tensor):
+        values = sound.detach().cpu()
+        # NumPy has no bfloat16.
+        sound = (values.float() if values.is_floating_point() else values).numpy()
     if isinstance(sound, np.ndarray):
         if sound.ndim != 1 or not np.issubdtype(sound.dtype, np.floating) or not len(sound):
             raise DataError(
@@ -128,7 +134,7 @@ def load_audio(path: str | Path | bytes, *, who: str = "audio") -> tuple[Float[n
     """
     import soundfile
 
-    who = who if isinstance(path, bytes) else f"{who} '{path}'"
+    who = f"{who} '{path}'" if isinstance(path, (str, os.PathLike)) else who
     content = _content(path, who, "a sound")
     _require_chunks(content, who)
     _require_last_page(content, who)
@@ -159,6 +165,8 @@ def _content(path: str | Path | bytes, who: str, kind: str) -> bytes:
         if not path:
             raise DataError(who, expected=kind, got="an empty file")
         return path
+    if not isinstance(path, (str, os.PathLike)):
+        raise DataError(who, expected=f"{kind}, its path or its content", got=type(path).__name__)
     try:
         content = Path(path).read_bytes() if Path(path).is_file() or not Path(path).exists() else None
     except FileNotFoundError as error:

@@ -106,6 +106,10 @@ def generate_answer(model: Any, prompt: EncodedPrompt, count: int) -> Int[Tensor
 class CrossTrace:
     """Handler that keeps the attention of all decoder queries on the encoder's outputs, weighted by value norms.
 
+    Args:
+        decoder: name of the decoder; attention of other modules is ignored.
+        queries: number of decoder queries.
+
     Attributes:
         rows, weighted: layer -> (head, query, key).
         labels: (key,) modality index of each encoder position.
@@ -113,8 +117,8 @@ class CrossTrace:
 
     replaces_output = False
 
-    def __init__(self, queries: int) -> None:
-        self._queries = queries
+    def __init__(self, decoder: str, queries: int) -> None:
+        self._prefix, self._queries = f"{decoder}.", queries
         self.rows: dict[str, Tensor] = {}
         self.weighted: dict[str, Tensor] = {}
         self.own: list[str] = []
@@ -122,7 +126,7 @@ class CrossTrace:
         self.labels: Tensor | None = None
 
     def on_attention(self, layer: str, backend: str, call: AttentionCall, known: LabeledKeys) -> None:
-        if call.sizes[0] != 1 or call.sizes[2] != self._queries:
+        if not layer.startswith(self._prefix) or call.sizes[0] != 1 or call.sizes[2] != self._queries:
             return
         if known.own:
             self.own.append(layer)
@@ -148,9 +152,9 @@ def trace_cross_attention(
 ) -> tuple[float, CrossAttention]:  # fmt: skip
     """Runs prompt and answer through the model; returns the log-likelihood of the answer and the attention."""
     ids = torch.cat([prompt.start, written.to(prompt.start)], dim=1)
-    trace = CrossTrace(ids.shape[1])
     labeler, ways, follow = labels_for(model, None, None)
     decoder = next(name for name, part in model.named_modules() if part is model.get_decoder())
+    trace = CrossTrace(decoder, ids.shape[1])
     with open_session(model, labeler, ways, follow, trace, layers or [f"{decoder}.*"]):
         logits = model(**prompt.inputs, decoder_input_ids=ids, use_cache=False).logits
     if not trace.rows or trace.labels is None:

@@ -29,6 +29,7 @@ from .prompt_inputs import (
     placeholders,
     prepare_prompt,
     read_audio,
+    sampling_rate,
     token_words,
     tokenizer_of,
 )
@@ -38,7 +39,7 @@ IMAGE_SIZE = 512
 
 
 def look(
-    model: Any, processor: Any, *, image: Any = None, text: str, audio: Any = None, answer: str | None = None,
+    model: Any, processor: Any, *, image: Any = None, text: str = "", audio: Any = None, answer: str | None = None,
     max_new_tokens: int = 20, device: Any = None, layers: Sequence[str] | str | None = None, exclude_top_k: int = 3,
     name: str | None = None, notes: Sequence[str] = (), progress: Callable[[str], None] | None = None,
 ) -> Inspection:  # fmt: skip
@@ -59,8 +60,9 @@ def look(
             or audio (Whisper, Moonshine, Florence-2, Pix2Struct), whose cross-attention is recorded.
         processor: its processor, or its tokenizer for a text-only model.
         image: a path or a PIL image, or a list of several.
-        text: the question; formatted with the chat template unless it contains the image placeholder.
-        audio: a path, or (sample,) at the model's sampling rate.
+        text: the question; formatted with the chat template unless it contains the image placeholder. Encoder-decoders
+            such as Whisper need none.
+        audio: a path, or an array or tensor (sample,) at the model's sampling rate.
         answer: an answer to score instead of the one that the model would generate.
         max_new_tokens: maximum length of the generated answer.
         device: device to move the model to; by default the model is not moved.
@@ -87,10 +89,11 @@ def look(
         raise ConfigError("look", expected="max_new_tokens >= 1 and exclude_top_k >= 0",
                           got=f"max_new_tokens = {max_new_tokens}, exclude_top_k = {exclude_top_k}")  # fmt: skip
     names = labels_for(model, None, None)[0].names
-    check_given(model, names, text, image, audio)
-    pictures = [load_image(one, who="look image") for one in _listed(image)]
+    images = _listed(image)
+    check_given(model, names, text, images or None, audio)
+    pictures = [load_image(one, who="look image") for one in images]
     picture = pictures[0] if pictures else None
-    sound = None if audio is None else read_audio(audio, processor.feature_extractor.sampling_rate, who="look audio")
+    sound = None if audio is None else read_audio(audio, sampling_rate(processor), who="look audio")
     if device is not None:
         model.to(device)
     if getattr(model.config, "is_encoder_decoder", False):

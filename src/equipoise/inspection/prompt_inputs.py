@@ -131,6 +131,21 @@ def tokenizer_of(processor: Any) -> Any:
     return getattr(processor, "tokenizer", None) or processor
 
 
+def sampling_rate(processor: Any) -> int:
+    """Returns the rate in Hz of the sounds that a processor takes.
+
+    Raises:
+        ConfigError: a processor without feature extractor, such as a tokenizer.
+    """
+    reader = getattr(processor, "feature_extractor", None)
+    if reader is None:
+        raise ConfigError(
+            "look", expected="a processor with a feature extractor for audio", got=type(processor).__name__,
+            fix="Pass AutoProcessor.from_pretrained(...).",
+        )  # fmt: skip
+    return int(reader.sampling_rate)
+
+
 def complete_inputs(inputs: dict[str, Any], answer: Int[Tensor, "1 token"], model_type: str) -> dict[str, Any]:
     """Appends an answer to the inputs; masks and token types are extended as ``generate`` does."""
     length, added = inputs["input_ids"].shape[1], answer.shape[1]

@@ -133,8 +133,11 @@ class TrainingDistance(nn.Module):
 
     def _nearest(self, rows: Float[Tensor, "batch feature"]) -> Float[Tensor, " batch"]:
         best = rows.new_zeros(len(rows), 0)
-        blocks = self.references.to(rows.dtype).split(BLOCK)
-        for block, squares in zip(blocks, self.squares.to(rows.dtype).split(BLOCK), strict=True):
+        references, norms = self.references.to(rows.dtype), self.squares
+        if norms.dtype.itemsize < torch.float32.itemsize:
+            # Rounded or infinite in bfloat16 or float16, to which models may be converted.
+            norms = references.square().sum(dim=1)
+        for block, squares in zip(references.split(BLOCK), norms.to(rows.dtype).split(BLOCK), strict=True):
             # Matrix products select candidates; their distances are computed without cancellation.
             order = torch.addmm(squares, rows.detach(), block.T, alpha=-2)
             near = order.topk(min(CANDIDATES, len(block)), dim=1, largest=False).indices
