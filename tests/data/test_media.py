@@ -203,7 +203,7 @@ def test_not_an_image_raises(tmp_path):
     ):
         with pytest.raises(DataError, match=message):
             load_image(tmp_path / name)
-    with pytest.raises(DataError, match="image '7': expected an image, got "):
+    with pytest.raises(DataError, match="image: expected an image, its path or its content, got int"):
         load_image(7)
     for mode in ("I", "F"):
         with pytest.raises(DataError, match=rf"got mode {mode}, of unknown range\. Convert it to 8-bit RGB"):

@@ -91,6 +91,15 @@ def test_sound_as_tensor_without_text():
         eq.look(model, processor, audio=[SOUND, SOUND])
 
 
+@pytest.mark.slow
+def test_compiled_model():
+    model, processor, inputs = build("whisper")
+    plain = eq.look(model, processor, **inputs, answer="a cat")
+    other = eq.look(torch.compile(model, backend="eager"), processor, **inputs, answer="a cat")
+    assert other.layers == plain.layers
+    assert other.written == pytest.approx(plain.written, abs=1e-5)
+
+
 def test_text_only_encoder_decoder_raises():
     from helpers.vlms import family
 

@@ -154,6 +154,8 @@ def trace_cross_attention(
     ids = torch.cat([prompt.start, written.to(prompt.start)], dim=1)
     labeler, ways, follow = labels_for(model, None, None)
     decoder = next(name for name, part in model.named_modules() if part is model.get_decoder())
+    # Layers of compiled models have the names of the wrapped model.
+    decoder = decoder.removeprefix("_orig_mod.")
     trace = CrossTrace(decoder, ids.shape[1])
     with open_session(model, labeler, ways, follow, trace, layers or [f"{decoder}.*"]):
         logits = model(**prompt.inputs, decoder_input_ids=ids, use_cache=False).logits
