@@ -41,7 +41,12 @@ class TinySimple(lmms):
         return [(-1.0, True) for _ in requests]
 
     def generate_until_multi_round(self, requests):
-        return self.generate_until(requests)
+        replies = []
+        for request in requests:
+            _, _, doc_to_visual, _, doc_id, task, split = request.args
+            media = doc_to_visual(self.task_dict[task][split][doc_id])
+            replies.append(named(media[0]) if media else self.word)
+        return replies
 
 
 class TinyChat(TinySimple):
@@ -100,6 +105,18 @@ def test_conditions(simple, condition):
     assert asked[0].args == requests(simple)[0].args or simple
     assert model.word == "unknown"
     assert model.loglikelihood(asked) == [(-1.0, True)] * 3
+
+
+def test_requests_of_several_rounds():
+    kind = MODEL_REGISTRY_V2.get_model_class("equipoise", force_simple=True)
+    model = kind.create_from_arg_string("base=TinySimple,condition=other")
+    model.task_dict["colors"] = {"test": DOCS}
+    asked = requests(simple=True)
+    for one in asked:
+        one.arguments = (*one.arguments[:3], str, *one.arguments[3:])
+    replies = model.generate_until_multi_round(asked)
+    assert sorted(replies) == sorted(COLORS)
+    assert all(reply != name for reply, name in zip(replies, COLORS, strict=True))
 
 
 def test_bad_input():

@@ -50,7 +50,7 @@ class ConditionedModel(lmms):
         ConfigError: an unknown condition, a base of the other kind, or media that cannot be blank, such as video files.
 
     When it misleads: prompts of tasks may mention the image, or have a placeholder for it, also in the condition
-    "none".
+    "none". In tasks of several rounds, only the media of the first round are changed.
     """
 
     def __init__(self, base: str, condition: str = "blank", seed: int = 0, **arguments: Any) -> None:
@@ -95,7 +95,8 @@ class ConditionedModel(lmms):
             return list(requests)
         documents: dict[tuple[Any, Any], list[Any]] = {}
         for request in requests:
-            doc_id, task, split = request.args[3:6]
+            # Requests of several rounds have one more argument before these.
+            doc_id, task, split = request.args[-3:]
             known = documents.setdefault((task, split), [])
             if doc_id not in known:
                 known.append(doc_id)
@@ -107,12 +108,12 @@ class ConditionedModel(lmms):
             partners |= {(*place, one): order[index - 1] for index, one in enumerate(order)}
         changed = []
         for request in requests:
-            *first, doc_id, task, split = request.args[:6]
+            *first, doc_id, task, split = request.args
             place = 2 if self.is_simple else next(n for n, part in enumerate(first) if callable(part))
             other = self.task_dict[task][split][partners[task, split, doc_id]] if self.condition == "other" else None
             first[place] = self.reader(first[place], other)
             one = copy(request)
-            one.arguments = (*first, doc_id, task, split, *request.args[6:])
+            one.arguments = (*first, doc_id, task, split)
             changed.append(one)
         return changed
 
