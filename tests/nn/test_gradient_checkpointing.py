@@ -130,6 +130,19 @@ def _graph(node, seen=None):
     return seen
 
 
+class Unsupported(nn.Linear):
+    """Has the method of timm's VGG."""
+
+    def set_grad_checkpointing(self, enable=True):
+        assert not enable, "gradient checkpointing not supported"
+
+
+def test_unsupported_models_of_timm():
+    assert enable_gradient_checkpointing(nn.ModuleList([build(), Unsupported(2, 2)])) == 9
+    with pytest.raises(ConfigError, match="got Unsupported, which has none"):
+        enable_gradient_checkpointing(Unsupported(2, 2))
+
+
 def test_model_without_layers_raises():
     with pytest.raises(ConfigError, match="layers of equipoise, transformers or timm, got Linear"):
         enable_gradient_checkpointing(nn.Linear(2, 2))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -60,16 +61,19 @@ def enable_gradient_checkpointing(model: nn.Module) -> int:
         >>> enable_gradient_checkpointing(model)
         4
     """
-    units = list(_units(model))
-    for enable in units:
-        enable()
-    if not units:
+    count = 0
+    for enable in list(_units(model)):
+        # Models of timm without support, such as VGG, have a method that asserts.
+        with suppress(AssertionError):
+            enable()
+            count += 1
+    if not count:
         raise ConfigError(
             "gradient checkpointing", expected="a model with transformer layers of equipoise, transformers or timm",
             got=f"{type(model).__name__}, which has none",
             fix="Leave out train.gradient_checkpointing, or call torch.utils.checkpoint in the forward of the model.",
         )  # fmt: skip
-    return len(units)
+    return count
 
 
 def _units(module: nn.Module) -> Iterator[Callable[[], Any]]:
