@@ -61,16 +61,15 @@ def main() -> None:
         return model.words[int(answer)]
 
     result = eq.blind(target, samples, conditions=("given", "other"), metric="exact", name="mlp")
-    print(result.verdict)
     print(
         "| question | questions | as given | other image | need the image | 95 % interval | by construction | inside |"
     )
     print("|---|---|---|---|---|---|---|---|")
-    needing = set(result.needing)
+    given, other = (result.scores[name] > 0.5 for name in ("given", "other"))
     for kind, row in result.by_category.items():
         rows = [number for number, sample in enumerate(samples) if sample["category"] == kind]
-        correct = round(row["given"] * len(rows))
-        count = sum(number in needing for number in rows)
+        correct = int(given[rows].sum())
+        count = int((given & ~other)[rows].sum())
         low, high = wilson(count, correct)
         expected = 1 - 1 / ANSWERS[kind]
         print(
