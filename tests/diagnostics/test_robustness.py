@@ -136,3 +136,10 @@ def test_errors():
         robustness(model, [])
     with pytest.raises(ShapeError, match="'audio': expected a floating tensor or word ids"):
         robustness(fusion.joint_model(), [{**fusion.batch(), "audio": None}])
+
+
+def test_batches_that_can_be_read_only_once_raise():
+    model = weighted_model(audio=1.0, image=0.0)
+    batches = labeled_batches(model)
+    with pytest.raises(ConfigError, match="batches that can be read several times, got generator"):
+        robustness(model, (batch for batch in batches))

@@ -189,6 +189,11 @@ def robustness(
     severities = list(dict.fromkeys(severities))
     if not severities or any(isinstance(one, bool) or one not in SEVERITIES for one in severities):
         raise ConfigError(who, expected="severities from 1 to 5", got=repr(severities))
+    if isinstance(loader, Iterator):
+        raise ConfigError(
+            who, expected="batches that can be read several times", got=type(loader).__name__,
+            fix="Pass a list, a DataLoader, or a function that returns an iterator.",
+        )  # fmt: skip
     batches: Callable[[], Batches] = loader if callable(loader) else lambda: loader  # type: ignore[assignment]
     clean = collect_predictions(model, batches())
     score = score_name(model, clean.logits, clean.target, who, metric)
