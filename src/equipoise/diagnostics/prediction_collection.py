@@ -135,7 +135,7 @@ def collect_predictions(
                 raise _no_fusion_model(f"{type(model).__name__} that returns no logits")
             records["logits"].append(output.logits.float().cpu())
             if batch.get("target") is not None:
-                records["target"].append(batch["target"].cpu())
+                records["target"].append(batch["target"].to("cpu", copy=True))
             if output.share is not None:
                 records["share"].append(output.share.float().cpu())
     if not records["logits"]:

@@ -210,9 +210,9 @@ def robustness(
     scores: dict[tuple[str, str, int], float] = {}
     if damages:
         sizes: list[int] = []
-        with _reused_encodings(model):
-            found = collect_predictions(model, _damaged(batches(), damages, seed, sizes))
-        logits, target = (part.split(sizes) for part in (found.logits, found.target))
+        with _reused_encodings(model) as start_batch:
+            predictions = collect_predictions(model, _damaged(batches(), damages, seed, sizes, start_batch))
+        logits, target = (part.split(sizes) for part in (predictions.logits, predictions.target))
         for number, one in enumerate(damages):
             scores[one.modality, one.corruption, one.severity] = score_name(
                 model, torch.cat(logits[number :: len(damages)]), torch.cat(target[number :: len(damages)]), who, metric
@@ -246,9 +246,12 @@ class _Damage(NamedTuple):
     statistics: tuple[float, float]
 
 
-def _damaged(batches: Batches, damages: Sequence[_Damage], seed: int, sizes: list[int]) -> Iterator[Mapping[str, Any]]:
+def _damaged(
+    batches: Batches, damages: Sequence[_Damage], seed: int, sizes: list[int], start_batch: Callable[[], None]
+) -> Iterator[Mapping[str, Any]]:
     """Yields each batch once for each damage, and appends the number of samples of each to ``sizes``."""
     for number, batch in enumerate(batches):
+        start_batch()
         for one in damages:
             damaged = corrupt_batch(
                 batch, one.modality, one.corruption, severity=one.severity, kind=one.kind, statistics=one.statistics,
@@ -259,15 +262,25 @@ def _damaged(batches: Batches, damages: Sequence[_Damage], seed: int, sizes: lis
 
 
 @contextlib.contextmanager
-def _reused_encodings(model: nn.Module) -> Iterator[None]:
-    """Context manager: an encoder that gets the same tensor again, and nothing else, returns its last output."""
+def _reused_encodings(model: nn.Module) -> Iterator[Callable[[], None]]:
+    """Context manager: an encoder that gets the same tensor again, and nothing else, returns its last output.
+
+    Yields a function that clears these outputs, to be called before each batch: a loader may fill the same tensors.
+    """
     encoders = getattr(model, "encoders", None)
     chosen = dict.fromkeys(encoders.values()) if isinstance(encoders, nn.ModuleDict) else {}
     replaced = {encoder: vars(encoder).get("forward") for encoder in chosen}
+    outputs: list[list[Any]] = []
     for encoder in replaced:
-        encoder.forward = _last_output_again(encoder.forward)
+        outputs.append([])
+        encoder.forward = _last_output_again(encoder.forward, outputs[-1])
+
+    def start_batch() -> None:
+        for last in outputs:
+            last.clear()
+
     try:
-        yield
+        yield start_batch
     finally:
         for encoder, forward in replaced.items():
             del encoder.forward
@@ -275,8 +288,8 @@ def _reused_encodings(model: nn.Module) -> Iterator[None]:
                 encoder.forward = forward
 
 
-def _last_output_again(forward: Callable[..., Any]) -> Callable[..., Any]:
-    last: list[Any] = []
+def _last_output_again(forward: Callable[..., Any], last: list[Any]) -> Callable[..., Any]:
+    """Wraps ``forward``; ``last`` holds its last input and output, or nothing."""
 
     @functools.wraps(forward)
     def call(values: Any, **options: Any) -> Any:

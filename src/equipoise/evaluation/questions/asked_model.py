@@ -84,7 +84,7 @@ class AskedModel:
         recorded = kinds if condition == "given" or self._beta else []
         hidden = kinds if condition == "hidden" else []
         answer = self._most_likely if self.by_likelihood else self._generated
-        # Recorded passes run the encoder too.
+        # The attention of the encoder is recorded as well, so that it has to run.
         with nullcontext() if recorded else self.features.reused(condition):
             texts, shares = answer(calls, inputs, recorded, hidden)
         extras: list[dict[str, Any]] = [{"attention_share": share} if recorded else {} for share in shares]
