@@ -330,15 +330,6 @@ def test_text_only_model_raises():
         evaluate_questions(build_llama(), build_processor(), build_samples(2))
 
 
-def test_encoder_decoder_raises():
-    from helpers.encoder_decoders import build
-
-    model, processor, _ = build("whisper")
-    rows = [{"audio": np.zeros(100), "question": "?", "answer": "a"}]
-    with pytest.raises(ConfigError, match=r"got the encoder-decoder WhisperForConditionalGeneration.*Use eq\.blind"):
-        evaluate_questions(model, processor, rows)
-
-
 def test_invalid_arguments_raise(trained_models):
     model, rows = trained_models["chance"], build_samples(2)
     for options, message in (

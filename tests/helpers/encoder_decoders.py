@@ -27,6 +27,8 @@ def moonshine():
 def whisper():
     model, _ = vlms.whisper()
     extractor = hf.WhisperFeatureExtractor(feature_size=5, sampling_rate=16000, chunk_length=0.16, hop_length=160)
+    # A number of samples that is no int cannot be padded to.
+    extractor.n_samples = 2560
     return model, SimpleNamespace(feature_extractor=extractor, tokenizer=tokenizer()), {"audio": SOUND, "text": ""}
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -16,18 +15,11 @@ from ..recording import AttentionCall, LabeledKeys, labels_for, open_session
 from ..recording.share_measurement import explicit_attention
 from .attention_maps import WHOLE, AttentionMaps
 from .attention_trace import TraceReader
+from .encoder_prompts import EncodedPrompt
 from .inspection_result import InspectedToken, InspectionView, SinkToken
 from .media_effects import MediaEffect, mean_log_likelihood
 from .patch_layout import PatchGrid, patch_grid
-from .prompt_inputs import Inputs, prompt_encoder, tokenizer_of, uniform_image
-
-
-class EncodedPrompt(NamedTuple):
-    """Inputs of an encoder, the same with blank media, and the first tokens of the decoder."""
-
-    inputs: Inputs
-    blank: dict[str, Inputs]
-    start: Int[Tensor, "1 token"]
+from .prompt_inputs import Inputs
 
 
 class CrossAttention(NamedTuple):
@@ -45,62 +37,6 @@ class CrossAttention(NamedTuple):
     maps: AttentionMaps
     grid: PatchGrid | None
     written: tuple[float, ...]
-
-
-def encode_prompt(model: Any, processor: Any, text: str, picture: Any, sound: Any) -> EncodedPrompt:
-    """Prepares the inputs of the encoder and the decoder; a text that the encoder does not take starts the decoder."""
-    tokenizer = tokenizer_of(processor)
-    start = _start_tokens(model, tokenizer)
-    device, dtype = next(model.parameters()).device, model.dtype
-
-    def moved(encoded: Any) -> Inputs:
-        return {
-            name: value.to(device, dtype if value.is_floating_point() else None)
-            for name, value in encoded.items() if isinstance(value, Tensor)
-        }  # fmt: skip
-
-    if sound is not None:
-        reader = processor.feature_extractor
-        inputs, silent = (
-            moved(reader(wave, sampling_rate=reader.sampling_rate, return_tensors="pt"))
-            for wave in (sound, np.zeros_like(sound))
-        )
-        blank = {"audio": silent}
-        reads_text = False
-    else:
-        empty = uniform_image(picture)
-        # Pix2Struct renders the question into the image, or has none.
-        rendered = getattr(processor.image_processor, "is_vqa", None)
-        if rendered is None:
-            process = prompt_encoder(model, processor, text, {"images": [picture]})[1]
-            inputs, uniform = process({"images": [picture]}), process({"images": [empty]})
-        else:
-            options = {"header_text": text} if rendered else {}
-            inputs, uniform = (
-                moved(processor.image_processor(image, return_tensors="pt", **options)) for image in (picture, empty)
-            )
-        blank = {"image": uniform}
-        reads_text = rendered is not False
-    if text.strip() and not reads_text:
-        get_prompt_ids = getattr(processor, "get_prompt_ids", None)
-        prompt = (
-            torch.as_tensor(get_prompt_ids(text)).long() if get_prompt_ids is not None
-            else tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"][0].long()
-        )  # fmt: skip
-        # Whisper's prompt is text before the start; other decoders continue the text.
-        parts = (prompt[None], start) if get_prompt_ids is not None else (start, prompt[None])
-        start = torch.cat(parts, dim=1)
-    return EncodedPrompt(inputs, blank, start.to(device))
-
-
-def generate_answer(model: Any, prompt: EncodedPrompt, count: int) -> Int[Tensor, "1 token"]:
-    """Generates an answer greedily, without the loop of Whisper over segments of 30 s."""
-    from transformers import GenerationMixin
-
-    greedy = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
-    mixin: Any = GenerationMixin
-    output = mixin.generate(model, **prompt.inputs, decoder_input_ids=prompt.start, max_new_tokens=count, **greedy)
-    return output[:, prompt.start.shape[1] :]
 
 
 class CrossTrace:
@@ -123,7 +59,7 @@ class CrossTrace:
         self.weighted: dict[str, Tensor] = {}
         self.own: list[str] = []
         self.names: tuple[str, ...] = ()
-        self.labels: Tensor | None = None
+        self.labels = torch.empty(0, dtype=torch.long)
 
     def on_attention(self, layer: str, backend: str, call: AttentionCall, known: LabeledKeys) -> None:
         if not layer.startswith(self._prefix) or call.sizes[0] != 1 or call.sizes[2] != self._queries:
@@ -152,16 +88,7 @@ def trace_cross_attention(
 ) -> tuple[float, CrossAttention]:  # fmt: skip
     """Runs prompt and answer through the model; returns the log-likelihood of the answer and the attention."""
     ids = torch.cat([prompt.start, written.to(prompt.start)], dim=1)
-    labeler, ways, follow = labels_for(model, None, None)
-    decoder = next(name for name, part in model.named_modules() if part is model.get_decoder())
-    # Layers of compiled models have the names of the wrapped model.
-    decoder = decoder.removeprefix("_orig_mod.")
-    trace = CrossTrace(decoder, ids.shape[1])
-    with open_session(model, labeler, ways, follow, trace, layers or [f"{decoder}.*"]):
-        logits = model(**prompt.inputs, decoder_input_ids=ids, use_cache=False).logits
-    if not trace.rows or trace.labels is None:
-        raise ConfigError("look", expected="a decoder with cross-attention", got="none recorded",
-                          fix="Check layers=, or use eq.watch.")  # fmt: skip
+    logits, trace = record_cross_attention(model, {**prompt.inputs, "decoder_input_ids": ids}, layers)
     names, labels = trace.names, trace.labels
     mask = prompt.inputs.get("attention_mask")
     if mask is not None and mask.shape == (1, len(labels)):
@@ -207,6 +134,27 @@ def trace_cross_attention(
     )
 
 
+def record_cross_attention(
+    model: Any, inputs: Inputs, layers: Sequence[str] | str | None = None
+) -> tuple[Float[Tensor, "1 token word"], CrossTrace]:
+    """Runs one sample through the model; returns its logits and the attention of the decoder.
+
+    Raises:
+        ConfigError: no cross-attention was recorded.
+    """
+    labeler, ways, follow = labels_for(model, None, None)
+    decoder = next(name for name, part in model.named_modules() if part is model.get_decoder())
+    # Layers of compiled models have the names of the wrapped model.
+    decoder = decoder.removeprefix("_orig_mod.")
+    trace = CrossTrace(decoder, inputs["decoder_input_ids"].shape[1])
+    with open_session(model, labeler, ways, follow, trace, layers or [f"{decoder}.*"]):
+        logits = model(**inputs, use_cache=False).logits
+    if not trace.rows:
+        raise ConfigError("look", expected="a decoder with cross-attention", got="none recorded",
+                          fix="Check layers=, or use eq.watch.")  # fmt: skip
+    return logits, trace
+
+
 def cross_effects(
     model: nn.Module, prompt: EncodedPrompt, answer: Int[Tensor, "1 token"], whole: float
 ) -> list[MediaEffect]:
@@ -227,17 +175,6 @@ def cross_effects(
         value = mean_log_likelihood(logits[0], answer[0])
         effects.append(MediaEffect(f"blank {name}", value, value - whole))
     return effects
-
-
-def _start_tokens(model: Any, tokenizer: Any) -> Int[Tensor, "1 token"]:
-    if prefix := list(getattr(tokenizer, "prefix_tokens", None) or ()):
-        return torch.tensor([prefix])
-    for config in (model.generation_config, model.config, model.config.get_text_config(decoder=True)):
-        if isinstance(start := getattr(config, "decoder_start_token_id", None), int):
-            # Whisper writes text without times after this token, which is part of WhisperTokenizer's prefix.
-            plain = tokenizer.get_vocab().get("<|notimestamps|>")
-            return torch.tensor([[start] if plain is None else [start, plain]])
-    raise ConfigError("look", expected="a decoder_start_token_id in the configuration", got="none")
 
 
 def _encoder_tokens(labels: Tensor, names: Sequence[str], texts: Sequence[str] | None) -> list[InspectedToken]:

@@ -17,7 +17,8 @@ from ..nn.eval_mode import eval_mode_no_grad
 from ..recording import labels_for
 from .attention_maps import build_attention_maps, trace_readers
 from .attention_trace import trace_attention
-from .encoder_decoder import cross_effects, encode_prompt, generate_answer, trace_cross_attention
+from .encoder_decoder import cross_effects, trace_cross_attention
+from .encoder_prompts import encode_prompt, generate_answer
 from .inspection_result import VIEWS, ImageScene, InspectedToken, Inspection, build_view
 from .media_effects import blank_media, mean_log_likelihood, measure_effects
 from .patch_layout import PatchGrid, frame_index, image_parts, patch_grid

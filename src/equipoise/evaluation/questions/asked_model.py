@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -43,6 +43,20 @@ class ScoredRow(NamedTuple):
     answers: dict[int, Tensor]
 
 
+class Answer(NamedTuple):
+    """The answer to a question.
+
+    Attributes:
+        text: the reply.
+        share: share of attention on the media; None if it was not recorded.
+        likelihood: log-likelihood of the right choice; None for generated answers.
+    """
+
+    text: str
+    share: float | None = None
+    likelihood: float | None = None
+
+
 class AskedModel:
     """Answers questions by likelihood or by generation.
 
@@ -54,14 +68,26 @@ class AskedModel:
 
     Attributes:
         features: encoder outputs that conditions share while ``features.open()`` is entered.
+        notes: sentences on conditions and values that the model does not have.
+        identity: what replies depend on apart from the weights and the question.
+        records_attention: whether shares of attention are recorded.
     """
+
+    ids = "input_ids"
+    """Name of the input that an answer continues."""
+    notes: tuple[str, ...] = ()
+    identity = ""
+    records_attention = True
+    _layers: tuple[str, ...] | None = None
+    """Layers whose attention is recorded; None for all."""
+    _lead = ""
+    """What the model writes before an answer."""
 
     def __init__(self, model: Any, processor: Any, max_new_tokens: int, batch_size: int, by_likelihood: bool) -> None:
         self.model, self.processor, self.tokenizer = model, processor, tokenizer_of(processor)
         self.max_new_tokens, self.batch_size, self.by_likelihood = max_new_tokens, batch_size, by_likelihood
         self._given: dict[int, Inputs] = {}
         self._beta = 0.0
-        self._likelihoods: dict[int, float] = {}
         self._choices: dict[str, Tensor] = {}
         self._labels, self.features = ConfirmedLabels(model), FeatureCache(model)
 
@@ -81,36 +107,44 @@ class AskedModel:
         kinds = sorted({name for one in calls for name, _ in one.media})
         condition = calls[0].condition
         self._beta = float(condition.removeprefix(STEER)) if condition.startswith(STEER) else 0.0
-        recorded = kinds if condition == "given" or self._beta else []
+        measured = condition == "given" or self._beta != 0
+        recorded = kinds if measured and self.records_attention else []
         hidden = kinds if condition == "hidden" else []
         answer = self._most_likely if self.by_likelihood else self._generated
         # The attention of the encoder is recorded as well, so that it has to run.
         with nullcontext() if recorded else self.features.reused(condition):
-            texts, shares = answer(calls, inputs, recorded, hidden)
-        extras: list[dict[str, Any]] = [{"attention_share": share} if recorded else {} for share in shares]
-        for one, extra in zip(calls, extras, strict=True):
-            if one.question.index in self._likelihoods:
-                extra["log_likelihood"] = self._likelihoods.pop(one.question.index)
-        return [Reply(text, extra=extra) for text, extra in zip(texts, extras, strict=True)]
+            answers = answer(calls, inputs, recorded, hidden)
+        return [
+            Reply(one.text, extra={
+                **({"attention_share": one.share} if recorded else {}),
+                **({"log_likelihood": one.likelihood} if measured and self.by_likelihood else {}),
+            }) for one in answers
+        ]  # fmt: skip
 
     def _encoded(self, call: Call) -> Inputs:
         index = call.question.index
         if (call.condition == "hidden" or call.condition.startswith(STEER)) and index in self._given:
             return self._given[index]
-        groups: dict[str, list[Any]] = {}
-        for name, value in call.media:
-            groups.setdefault(FIELD[name], []).append(value)
-        _, encode = prompt_encoder(self.model, self.processor, call.prompt, groups)
-        inputs = encode(groups)
+        inputs = self._encode(call)
         if call.condition == "given":
             if len(self._given) >= self.batch_size:
                 self._given.clear()
             self._given[index] = inputs
         return inputs
 
+    def _encode(self, call: Call) -> Inputs:
+        groups: dict[str, list[Any]] = {}
+        for name, value in call.media:
+            groups.setdefault(FIELD[name], []).append(value)
+        _, encode = prompt_encoder(self.model, self.processor, call.prompt, groups)
+        return encode(groups)
+
+    def _complete(self, inputs: Inputs, answer: Tensor) -> Inputs:
+        return complete_inputs(inputs, answer, self.model.config.model_type)
+
     def _most_likely(
         self, calls: list[Call], inputs: list[Inputs], kinds: list[str], hidden: list[str]
-    ) -> tuple[list[str], list[float | None]]:
+    ) -> list[Answer]:  # fmt: skip
         rows = [row for index, one in enumerate(calls) for row in self._rows(index, inputs[index], one.question)]
         scores = [[0.0] * len(one.question.choices) for one in calls]
         shares: list[float | None] = [None] * len(calls)
@@ -128,41 +162,45 @@ class AskedModel:
                     scores[row.call][choice] = float(value)
         if any(value != value for one in scores for value in one):
             raise ValueError("the log-likelihood of a choice is NaN")
-        if kinds:
-            self._likelihoods = {one.question.index: values[one.question.target or 0]
-                                 for one, values in zip(calls, scores, strict=True)}  # fmt: skip
-        texts = [
-            one.question.choices[max(range(len(values)), key=lambda n: values[n])]
-            for one, values in zip(calls, scores, strict=True)
+        best = [max(range(len(values)), key=values.__getitem__) for values in scores]
+        return [
+            Answer(one.question.choices[chosen], share, values[one.question.target or 0])
+            for one, chosen, share, values in zip(calls, best, shares, scores, strict=True)
         ]
-        return texts, shares
 
     def _rows(self, index: int, inputs: Inputs, question: MediaQuestion) -> list[ScoredRow]:
         answers = [self._choice_tokens(text, question) for text in question.choices]
-        start = inputs["input_ids"].shape[1] - 1
+        start = inputs[self.ids].shape[1] - 1
         if all(ids.shape[1] == 1 for ids in answers):
             # One row without an answer has the likelihoods of all choices.
             return [ScoredRow(inputs, start, index, dict(enumerate(answers)))]
-        complete = [complete_inputs(inputs, ids, self.model.config.model_type) for ids in answers]
-        return [ScoredRow(one, start, index, {n: answers[n]}) for n, one in enumerate(complete)]
+        return [ScoredRow(self._complete(inputs, ids), start, index, {n: ids}) for n, ids in enumerate(answers)]
 
     def _generated(
         self, calls: list[Call], inputs: list[Inputs], kinds: list[str], hidden: list[str]
-    ) -> tuple[list[str], list[float | None]]:
-        greedy = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
-        options = {"max_new_tokens": self.max_new_tokens, "suppress_tokens": placeholders(self.model.config) or None}
-        texts, shares = [""] * len(calls), [None] * len(calls)
-        for group in equal_groups([layout(one) for one in inputs], self.batch_size):
-            batch = join_inputs([inputs[index] for index in group], self._padding, left=True)
-            if len(group) > 1:
-                options["pad_token_id"] = self._padding
+    ) -> list[Answer]:  # fmt: skip
+        answers: list[Answer] = [Answer("")] * len(calls)
+        for group in equal_groups([self._generation_layout(one) for one in inputs], self.batch_size):
+            batch = self._joined_for_generation([inputs[index] for index in group])
+            options = {"pad_token_id": self._padding} if len(group) > 1 else {}
             with self._attention(batch, None, kinds, hidden) as record:
-                output = self.model.generate(**batch, **options, **greedy)
-            answers = output[:, batch["input_ids"].shape[1] :]
+                output = self._generate(batch, max_new_tokens=self.max_new_tokens, **options)
+            written = output[:, batch[self.ids].shape[1] :]
             for place, index in enumerate(group):
-                texts[index] = self.tokenizer.decode(answers[place], skip_special_tokens=True).strip()
-                shares[index] = _share(record, kinds, place)  # type: ignore[call-overload]
-        return texts, shares  # type: ignore[return-value]
+                text = self.tokenizer.decode(written[place], skip_special_tokens=True).strip()
+                answers[index] = Answer(text, _share(record, kinds, place))
+        return answers
+
+    def _generation_layout(self, inputs: Inputs) -> Hashable:
+        return layout(inputs)
+
+    def _joined_for_generation(self, rows: Sequence[Inputs]) -> Inputs:
+        return join_inputs(rows, self._padding, left=True)
+
+    def _generate(self, batch: Inputs, **options: Any) -> Tensor:
+        greedy = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
+        suppressed = placeholders(self.model.config) or None
+        return self.model.generate(**batch, **options, suppress_tokens=suppressed, **greedy)
 
     @contextmanager
     def _attention(self, batch: Inputs, starts: list[int] | None, kinds: list[str], hidden: list[str]) -> Iterator[Any]:
@@ -180,11 +218,11 @@ class AskedModel:
                 return
             queries: Any = "last"
             if starts is not None:
-                queries = torch.zeros_like(batch["input_ids"], dtype=torch.bool)
+                queries = torch.zeros_like(batch[self.ids], dtype=torch.bool)
                 queries[torch.arange(len(starts)), torch.tensor(starts)] = True
             # With a media condition "steer", all kinds of media are steered.
             steered = steer(self.model, **dict.fromkeys(kinds, self._beta)) if self._beta else nullcontext()  # type: ignore[arg-type]
-            with _quiet_watch(self.model, queries) as record, steered:
+            with _quiet_watch(self.model, queries, self._layers) as record, steered:
                 yield record
 
     @property
@@ -197,7 +235,8 @@ class AskedModel:
     def _choice_tokens(self, text: str, question: MediaQuestion) -> Tensor:
         if text in self._choices:
             return self._choices[text]
-        encoded = self.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"].long()
+        written = f"{self._lead}{text}"
+        encoded = self.tokenizer(written, add_special_tokens=False, return_tensors="pt")["input_ids"].long()
         if not encoded.shape[1] or set(placeholders(self.model.config)) & set(encoded[0].tolist()):
             raise DataError(
                 f"evaluate sample {question.index}", expected="choices of at least one token without placeholders",
@@ -208,11 +247,11 @@ class AskedModel:
 
 
 @contextmanager
-def _quiet_watch(model: Any, queries: Any) -> Iterator[Any]:
+def _quiet_watch(model: Any, queries: Any, layers: Sequence[str] | None) -> Iterator[Any]:
     """``watch`` without warnings about layers that cannot be recorded, which do not count."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with watch(model, queries=queries) as record:
+        with watch(model, queries=queries, layers=layers) as record:
             yield record
 
 

@@ -35,10 +35,14 @@ class FeatureCache:
 
     Args:
         model: the model in evaluation mode; its inner modules call their own method in the forward pass.
+
+    Attributes:
+        encoders: further modules whose output is reused.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
+        self.encoders: tuple[nn.Module, ...] = ()
         self._kept: list[EncodedMedia] = []
         self._trusted: dict[str, bool] = {}
         self._condition = ""
@@ -47,6 +51,8 @@ class FeatureCache:
     def open(self) -> Iterator[None]:
         """Keeps outputs while the block runs."""
         with ExitStack() as stack:
+            for encoder in self.encoders:
+                stack.enter_context(wrapped(encoder, "forward", self._encode))
             for part in self._model.modules():
                 for name in METHODS:
                     # The outermost method only calls that of the inner model.
@@ -59,12 +65,12 @@ class FeatureCache:
 
     @contextmanager
     def reused(self, condition: str) -> Iterator[None]:
-        """Reuses outputs under a condition while the block runs; elsewhere they are only kept."""
-        self._condition = condition
+        """Reuses outputs under a condition while the block runs; under "" and elsewhere they are only kept."""
+        outer, self._condition = self._condition, condition
         try:
             yield
         finally:
-            self._condition = ""
+            self._condition = outer
 
     def _encode(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         condition, arguments = self._condition, (inner, args, kwargs)

@@ -14,8 +14,9 @@ from ...errors import ConfigError, DataError, unknown_name
 from ...nn.eval_mode import eval_mode_no_grad
 from ...recording import labels_for
 from .answer_scoring import choice, scoring_for
+from .asked_encoder_decoder import AskedEncoderDecoder
 from .asked_model import FIELD, AskedModel
-from .blind_test import ask_all, result_of
+from .blind_test import STOP_AFTER, Call, ask_all, result_of
 from .call_journal import CallJournal, Reply
 from .media_conditions import STEER, MediaConditions
 from .question_result import QuestionResult
@@ -50,7 +51,8 @@ def evaluate_questions(
     The conditions: as given, a blank one, that of another question, hidden from attention, and without any.
 
     Args:
-        model: a decoder-only transformers model with images or audio (LLaVA, Qwen-VL, Gemma, Qwen-Audio, ...).
+        model: a transformers model with images or audio (LLaVA, Qwen-VL, Gemma, Qwen-Audio, ...), or an
+            encoder-decoder (Whisper, Moonshine, Pix2Struct, Florence-2) for questions about one image or sound each.
         processor: its processor.
         samples: as for ``blind``.
         conditions: some of "given", "blank", "other", "hidden" and "none"; "given" is required.
@@ -58,7 +60,7 @@ def evaluate_questions(
             "generated" reads the answer that the model writes, by greedy decoding; "auto" is "likelihood" if all
             questions have choices.
         metric: of generated answers, as in ``blind``.
-        template: prompt with {} in place of the question.
+        template: prompt with {} in place of the question; encoder-decoders also take one without it, such as "".
         max_new_tokens: maximum length of generated answers.
         batch_size: number of questions, or choices of several tokens, in one forward pass; shorter ones are padded,
             and those whose images have other sizes run in another pass.
@@ -74,7 +76,9 @@ def evaluate_questions(
     Returns:
         QuestionResult; ``extra["attention_share"]`` has the share of attention on the medium, as given, averaged over
         layers and heads: of the query that predicts the first token of a choice, or of all that generate the answer.
-        ``extra["log_likelihood"]`` has that of the right choice.
+        ``extra["log_likelihood"]`` has that of the right choice. For encoder-decoders, the share is that of the
+        decoder's cross-attention; where all of its keys belong to the medium, it is 100 % by construction and omitted.
+        Conditions that the model does not have are left out; ``notes`` has a sentence on each.
 
     Raises:
         ConfigError: a model without images and audio, a medium that it does not take, unknown options. DataError:
@@ -86,7 +90,9 @@ def evaluate_questions(
     chosen = ("given", *(one for one in chosen if one != "given"))
     if score not in SCORES:
         raise unknown_name("evaluate", "score", score, SCORES)
-    if "{}" not in template:
+    decodes = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+    # An encoder-decoder may take its medium alone.
+    if "{}" not in template and not decodes:
         raise ConfigError("evaluate template", expected="a text with {} in place of the question", got=repr(template))
     for option, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size), ("limit", limit)):
         if value is not None and value < 1:
@@ -95,7 +101,7 @@ def evaluate_questions(
     steered = tuple(f"{STEER}{beta:g}" for beta in betas if beta)
     rows = samples if limit is None else [sample for _, sample in zip(range(limit), samples, strict=False)]
     questions = read_questions(rows, who="evaluate", root=root)
-    _check_media(model, questions)
+    _check_media(model, questions, single=decodes)
     by_likelihood = score == "likelihood" or (score == "auto" and all(question.choices for question in questions))
     if by_likelihood and (without := next((q for q in questions if not q.choices), None)) is not None:
         raise DataError(
@@ -106,17 +112,28 @@ def evaluate_questions(
     reader = getattr(processor, "feature_extractor", None)
     rate = int(getattr(reader, "sampling_rate", None) or RATE)
     sources = MediaConditions(questions, seed, other="other" in chosen, rate=rate, who="evaluate")
-    target = AskedModel(model, processor, max_new_tokens, batch_size, by_likelihood)
+    target = (AskedEncoderDecoder if decodes else AskedModel)(
+        model, processor, max_new_tokens, batch_size, by_likelihood
+    )
     how = "likelihood" if by_likelihood else f"generated {max_new_tokens}"
-    with eval_mode_no_grad(model), target.features.open():
-        replies = ask_all(
-            target.replies, questions, (*chosen, *steered), sources, CallJournal(journal), progress, who="evaluate",
-            prompt=lambda question: template.replace("{}", question.text if by_likelihood else question.prompt),
-            identity=f"{fingerprint(model)} {how} ", batch_size=batch_size,
-            order=sources.order,
-        )  # fmt: skip
+
+    def prompt(question: MediaQuestion) -> str:
+        return template.replace("{}", question.text if by_likelihood else question.prompt)
+
+    with eval_mode_no_grad(model):
+        if isinstance(target, AskedEncoderDecoder):
+            given = (Call(one, "given", sources.media(one, "given"), prompt(one)) for one in questions[:STOP_AFTER])
+            chosen = target.examine(given, (*chosen, *steered))[: -len(steered) or None]
+        with target.features.open():
+            replies = ask_all(
+                target.replies, questions, (*chosen, *steered), sources, CallJournal(journal), progress,
+                who="evaluate", prompt=prompt, identity=f"{fingerprint(model)} {target.identity}{how} ",
+                batch_size=batch_size, order=sources.order,
+            )  # fmt: skip
     result = result_of(questions, chosen, replies, scoring, metric=metric_name, name=name)
-    result.extra["attention_share"] = _extras(replies, "given", len(questions), "attention_share")
+    result.notes = target.notes
+    if target.records_attention:
+        result.extra["attention_share"] = _extras(replies, "given", len(questions), "attention_share")
     if by_likelihood:
         result.extra["log_likelihood"] = _extras(replies, "given", len(questions), "log_likelihood")
     if betas:
@@ -154,13 +171,7 @@ def _extras(replies: Mapping[tuple[str, int], Reply], condition: str, count: int
     return [replies[condition, index].extra.get(name) for index in range(count)]
 
 
-def _check_media(model: Any, questions: Sequence[MediaQuestion]) -> None:
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        raise ConfigError(
-            "evaluate", expected="a decoder-only model, such as LLaVA or Qwen-Audio",
-            got=f"the encoder-decoder {type(model).__name__}",
-            fix="Use eq.blind with a function (media, prompt) -> text that calls the model, or eq.look for one input.",
-        )  # fmt: skip
+def _check_media(model: Any, questions: Sequence[MediaQuestion], single: bool) -> None:
     names = labels_for(model, None, None)[0].names
     media = [name for name in names if name in FIELD]
     if not media or "text" not in names:
@@ -169,6 +180,11 @@ def _check_media(model: Any, questions: Sequence[MediaQuestion]) -> None:
             got=f"{type(model).__name__}, which takes {' and '.join(names) or 'no known modality'}",
         )  # fmt: skip
     for question in questions:
+        if single and len(question.media) > 1:
+            raise ConfigError(
+                f"evaluate sample {question.index}", expected=f"one {' or '.join(media)} for an encoder-decoder",
+                got=f"{len(question.media)}",
+            )  # fmt: skip
         for name, _ in question.media:
             if name not in media:
                 raise ConfigError(

@@ -51,6 +51,7 @@ class QuestionResult:
         name: of the target.
         extra: further values by question, such as the share of attention.
         betas: numbers that were added to the attention logits of the media, with 0; empty if none.
+        notes: sentences on conditions and values that the target does not have.
     """
 
     questions: Sequence[MediaQuestion]
@@ -62,6 +63,7 @@ class QuestionResult:
     name: str = ""
     extra: dict[str, list[float | None]] = field(default_factory=dict)
     betas: tuple[float, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def medium(self) -> str:

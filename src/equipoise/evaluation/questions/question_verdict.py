@@ -15,12 +15,12 @@ def verdict_sentences(result: Any) -> list[str]:
     """Returns the sentences on a ``QuestionResult``.
 
     They say how many questions need the image or sound, whether the model uses it, whether it is biased to yes or no,
-    and which calls failed.
+    which calls failed, and which conditions and values the model does not have.
     """
     medium = {"image": "the image", "audio": "the audio"}.get(result.medium, "the media")
     accuracy, without = result.accuracy["given"], result.without
     if np.isnan(accuracy):
-        return ["No question was answered: every call failed."]
+        return ["No question was answered: every call failed.", *result.notes]
     sentences = []
     if without is not None and result.as_well is not None:
         change = result.difference(without)
@@ -39,7 +39,7 @@ def verdict_sentences(result: Any) -> list[str]:
             f"{result.failed} of {len(result.questions) * len(result.conditions)} calls failed and are not scored; the "
             f"first: {next(iter(result.errors.values()))}."
         )
-    return sentences
+    return [*sentences, *result.notes]
 
 
 def _use(result: Any, medium: str, accuracy: float, change: dict[str, Any]) -> str:
