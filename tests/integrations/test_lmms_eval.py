@@ -38,7 +38,16 @@ class TinySimple(lmms):
         return replies
 
     def loglikelihood(self, requests):
-        return [(-1.0, True) for _ in requests]
+        """0 for the color of the image, -1 for others, and -2 for choices without question and image."""
+        values = []
+        for request in requests:
+            if len(request.args) == 2:
+                values.append((-2.0, False))
+                continue
+            _, choice, doc_to_visual, doc_id, task, split = request.args
+            media = doc_to_visual(self.task_dict[task][split][doc_id])
+            values.append((0.0 if media and named(media[0]) == choice.strip() else -1.0, True))
+        return values
 
     def generate_until_multi_round(self, requests):
         replies = []
@@ -104,7 +113,37 @@ def test_conditions(simple, condition):
     # The requests of the evaluator are not changed.
     assert asked[0].args == requests(simple)[0].args or simple
     assert model.word == "unknown"
-    assert model.loglikelihood(asked) == [(-1.0, True)] * 3
+
+
+@pytest.mark.parametrize("simple", [True, False])
+@pytest.mark.parametrize("condition", ["given", "blank", "other", "none"])
+def test_multiple_choice_with_mutual_information(simple, condition):
+    """Requests of lmms-eval's multiple choice, the last ones of which have no media."""
+    kind = MODEL_REGISTRY_V2.get_model_class("equipoise", force_simple=simple)
+    base = "TinySimple" if simple else "TinyChat"
+    model = kind.create_from_arg_string(f"base={base},condition={condition}")
+    model.task_dict["colors"] = {"test": DOCS}
+    asked = [
+        Instance("loglikelihood", arguments, index, {"task": "colors", "doc_id": n, "repeats": 1})
+        for n in range(3)
+        for alone in (False, True)
+        for index, name in enumerate(COLORS)
+        for arguments in [
+            ("", name) if alone else ("Which color?", f" {name}", lambda doc: [doc["image"]], n, "colors", "test")
+        ]
+    ]
+    values = [value for value, _ in model.loglikelihood(asked)]
+    for n in range(3):
+        with_media, alone = values[6 * n : 6 * n + 3], values[6 * n + 3 : 6 * n + 6]
+        assert alone == [-2.0] * 3
+        chosen = [index for index, value in enumerate(with_media) if value == 0]
+        if condition == "given":
+            assert chosen == [n]
+        elif condition == "other":
+            assert len(chosen) == 1
+            assert chosen != [n]
+        else:
+            assert chosen == []
 
 
 def test_requests_of_several_rounds():

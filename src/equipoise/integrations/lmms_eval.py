@@ -95,6 +95,8 @@ class ConditionedModel(lmms):
             return list(requests)
         documents: dict[tuple[Any, Any], list[Any]] = {}
         for request in requests:
+            if len(request.args) == 2:
+                continue
             # Requests of several rounds have one more argument before these.
             doc_id, task, split = request.args[-3:]
             known = documents.setdefault((task, split), [])
@@ -108,26 +110,26 @@ class ConditionedModel(lmms):
             partners |= {(*place, one): order[index - 1] for index, one in enumerate(order)}
         changed = []
         for request in requests:
+            if len(request.args) == 2:
+                # The likelihood of a choice alone, without question and media, for mutual information.
+                changed.append(request)
+                continue
             *first, doc_id, task, split = request.args
-            place = 2 if self.is_simple else next(n for n, part in enumerate(first) if callable(part))
             other = self.task_dict[task][split][partners[task, split, doc_id]] if self.condition == "other" else None
-            first[place] = self.reader(first[place], other)
+            # Requests of likelihoods have a list of media for chat models too.
+            if self.is_simple or request.request_type == "loglikelihood":
+                first[2] = self.media_reader(first[2], other)
+            else:
+                place = next(n for n, part in enumerate(first) if callable(part))
+                first[place] = self.message_reader(first[place], other)
             one = copy(request)
             one.arguments = (*first, doc_id, task, split)
             changed.append(one)
         return changed
 
-    def reader(self, inner: Callable[[Any], Any], other: Any) -> Callable[[Any], Any]:
-        """Returns the function from a document to its media that the other model receives."""
-        raise NotImplementedError
+    def media_reader(self, inner: Callable[[Any], Any], other: Any) -> Callable[[Any], list[Any]]:
+        """Returns the function from a document to the list of media that the other model receives."""
 
-
-class ConditionedSimpleModel(ConditionedModel):
-    """For models that receive a list of media for each document."""
-
-    is_simple = True
-
-    def reader(self, inner: Callable[[Any], Any], other: Any) -> Callable[[Any], Any]:
         def read(document: Any) -> list[Any]:
             if self.condition == "none":
                 return []
@@ -137,13 +139,9 @@ class ConditionedSimpleModel(ConditionedModel):
 
         return read
 
+    def message_reader(self, inner: Callable[[Any], Any], other: Any) -> Callable[[Any], list[Any]]:
+        """Returns the function from a document to the messages with media that the other model receives."""
 
-class ConditionedChatModel(ConditionedModel):
-    """For models that receive messages with media for each document."""
-
-    is_simple = False
-
-    def reader(self, inner: Callable[[Any], Any], other: Any) -> Callable[[Any], Any]:
         def read(document: Any) -> list[Any]:
             replacements = {kind: [] for kind in KINDS}
             for message in inner(other) if self.condition == "other" else ():
@@ -168,6 +166,18 @@ class ConditionedChatModel(ConditionedModel):
             return messages
 
         return read
+
+
+class ConditionedSimpleModel(ConditionedModel):
+    """For models that receive a list of media for each document."""
+
+    is_simple = True
+
+
+class ConditionedChatModel(ConditionedModel):
+    """For models that receive messages with media for each document."""
+
+    is_simple = False
 
 
 def blank_medium(medium: Any) -> Any:
