@@ -57,6 +57,12 @@ def seconds(call: Any, rounds: int = 7) -> float:
     return statistics.median(times)
 
 
+def tested_groups(source: Any, most: int) -> list[str] | None:
+    """Groups (subjects, speakers) of the samples of ``split_batches(source, "test", most)``."""
+    groups = source.test.groups
+    return groups if groups is None or len(groups) <= most else [groups[i * len(groups) // most] for i in range(most)]
+
+
 def correct(logits: list[torch.Tensor], target: torch.Tensor) -> torch.Tensor:
     return (torch.cat(logits).argmax(dim=1) == target).double()
 
@@ -120,6 +126,7 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         key: [[round(value, 4) for value in (part / counts[key]).tolist()] for part in parts]
         for key, parts in sums.items()
     }
+    result["groups"] = tested_groups(source, options.most_test)
     result["cost"] = seconds(lambda: whole(test[0])) / seconds(lambda: model(test[0])) if options.cost else None
     return result
 

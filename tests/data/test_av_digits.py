@@ -184,7 +184,7 @@ def recordings():
 
 
 @published
-@pytest.mark.parametrize("fold", FOLDS)
+@pytest.mark.parametrize("fold", ["A", "B", "C", "george-theo"])
 def test_speakers_of_splits_match_the_data_card(fold, recordings):
     data = load_dataset("av_digits", fold=fold)
     tests = torch.tensor([SPEAKERS[s] in FOLDS[fold] for s in recordings.speaker.tolist()])
@@ -193,11 +193,17 @@ def test_speakers_of_splits_match_the_data_card(fold, recordings):
     deviation, mean = torch.std_mean(recordings.spectrograms[member["train"]].double(), correction=0)
     for name, rows in member.items():
         split = data.split(name)
+        assert set(split.groups) == {SPEAKERS[number] for number in recordings.speaker[rows].tolist()}
         for index in range(0, len(split), 397):
-            own = rows & (recordings.digit == split.target[index])
+            speaker = SPEAKERS.index(split.groups[index])
+            own = rows & (recordings.digit == split.target[index]) & (recordings.speaker == speaker)
             candidates = (recordings.spectrograms[own].double() - mean) / deviation
             distance = (candidates - split.inputs["audio"][index]).abs().amax(dim=(1, 2))
             assert distance.min() < TOL[torch.float16]["atol"]
+
+
+def test_folds_are_the_pairs_of_speakers():
+    assert len({frozenset(pair) for pair in FOLDS.values()}) == 15 == len(FOLDS) - 3
 
 
 @published

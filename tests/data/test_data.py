@@ -31,6 +31,8 @@ def test_load_dataset_rejects_other_names():
 def test_split_of_unequal_lengths():
     with pytest.raises(ShapeError, match=r"Split 'audio': expected as many samples as targets = 3, got 2"):
         Split({"audio": torch.zeros(2, 5)}, torch.zeros(3))
+    with pytest.raises(ShapeError, match="Split groups: expected one for each target = 3, got 2"):
+        Split({}, torch.zeros(3), groups=["a", "b"])
 
 
 def test_unknown_split(digits):

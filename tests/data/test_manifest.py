@@ -89,6 +89,13 @@ def test_batches_are_standardized_padded_and_masked(media_table):
     assert torch.allclose(batch["times"]["sound"][0, :2], torch.tensor([0.005, 0.015]))
 
 
+def test_groups_of_a_table_are_those_of_its_rows(media_table):
+    data = ManifestDataset(str(media_table), target="label", group="who")
+    for name, rows in data.rows.items():
+        assert data.split(name).groups == [str(data.manifest.table["who"][row]) for row in rows.tolist()]
+    assert ManifestDataset(str(media_table), target="label").train.groups is None
+
+
 def test_number_and_category_cells(media_table):
     data = ManifestDataset(str(media_table), target="label", group="who")
     values = data.batch("train", torch.arange(len(data.train)), seed=0, epoch=0, train=False)["table"]

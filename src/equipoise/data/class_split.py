@@ -56,8 +56,9 @@ def split_by_class(split: Split, retained: Int[Tensor, " class"]) -> tuple[Split
     """
     is_retained = torch.isin(split.target, retained)
     inside, outside = _select_rows(split, is_retained), _select_rows(split, ~is_retained)
-    return Split(inside.inputs, torch.searchsorted(retained, inside.target)), outside
+    return Split(inside.inputs, torch.searchsorted(retained, inside.target), groups=inside.groups), outside
 
 
 def _select_rows(split: Split, rows: Bool[Tensor, " sample"]) -> Split:
-    return Split({name: values[rows] for name, values in split.inputs.items()}, split.target[rows])
+    groups = None if split.groups is None else [split.groups[row] for row in rows.nonzero()[:, 0].tolist()]
+    return Split({name: values[rows] for name, values in split.inputs.items()}, split.target[rows], groups=groups)

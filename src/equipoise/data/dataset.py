@@ -31,9 +31,11 @@ class Split:
         mask: name -> (sample,) bool, False for samples that lack the modality, or (sample, token) bool, False for
             padding; {} if every sample is complete. Numbers that are all 0 and 1 become bool.
         times: name -> (sample, token) time stamps in seconds, for encoders and fusions that use them.
+        groups: name of the group of each sample, such as its speaker; samples of a group are not independent. None if
+            there are none, or if they are not known.
 
     Raises:
-        ShapeError: inputs, masks, times and targets differ in length; an invalid mask.
+        ShapeError: inputs, masks, times, groups and targets differ in length; an invalid mask.
         ConfigError: a mask or times of an unknown modality.
 
     Example:
@@ -45,6 +47,7 @@ class Split:
     target: Tensor
     mask: dict[str, Tensor] = field(default_factory=dict)
     times: dict[str, Tensor] = field(default_factory=dict)
+    groups: list[str] | None = None
 
     def __post_init__(self) -> None:
         for kind, part in (("", self.inputs), (" mask", self.mask), (" times", self.times)):
@@ -57,6 +60,10 @@ class Split:
                 # Data sets that read samples on demand hold no inputs.
                 if self.inputs and name not in self.inputs:
                     raise unknown_name(f"Split{kind}", "modality", name, self.inputs)
+        if self.groups is not None and len(self.groups) != len(self.target):
+            raise ShapeError(
+                "Split groups", expected=f"one for each target = {len(self.target)}", got=f"{len(self.groups)}"
+            )
         masks = {name: bool_mask(mask, f"Split '{name}' mask", MASK, numbers=True) for name, mask in self.mask.items()}
         for name, mask in masks.items():
             if mask.ndim not in (1, 2):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import combinations
 from pathlib import Path
 
 import torch
@@ -21,9 +22,14 @@ from ..pca import fit_pca
 from .idx_files import read_idx
 from .spoken_digits_files import Recordings, read_recordings
 
-FOLDS = {"A": ("theo", "yweweler"), "B": ("george", "jackson"), "C": ("lucas", "nicolas")}
+SPEAKERS = ("george", "jackson", "lucas", "nicolas", "theo", "yweweler")
+FOLDS = {
+    "A": ("theo", "yweweler"),
+    "B": ("george", "jackson"),
+    "C": ("lucas", "nicolas"),
+    **{"-".join(pair): pair for pair in combinations(SPEAKERS, 2)},
+}
 """Fold -> speakers of the test split, absent from training and validation."""
-SPEAKERS = tuple(sorted(speaker for pair in FOLDS.values() for speaker in pair))
 VAL_TAKES = 5
 """Takes 0 to 4 of each digit and training speaker form the validation split."""
 SIZES = {"train": 4000, "val": 1000}
@@ -47,7 +53,8 @@ class AVDigits(Dataset):
 
     Args:
         root: folder that contains ``fsdd/recordings`` and ``mnist``; EQUIPOISE_DATA takes precedence.
-        fold: "A" tests on theo and yweweler, "B" on george and jackson, "C" on lucas and nicolas. Tune on A only.
+        fold: "A" tests on theo and yweweler, "B" on george and jackson, "C" on lucas and nicolas. Tune on A only. Any
+            other pair of speakers in alphabetical order, such as "george-theo", is tested on as well.
         audio_noise: standard deviation of the noise added to the standardized spectrogram, in every split.
         energy: fraction of the variance that the principal components of the images explain, in (0, 1].
         held_out: digits excluded from training and testing, such as [7, 8, 9]; the others are relabeled from 0. The
@@ -87,7 +94,8 @@ class AVDigits(Dataset):
         for name, row in rows.items():
             partner = voices[name][match_by_label(labels[row], spoken.digit[voices[name]], f"av_digits/{fold}/{name}")]
             inputs = self._standardized(spoken.spectrograms[partner], images[row])
-            splits[name], held[name] = split_by_class(Split(inputs, labels[row]), retained)
+            speakers = [SPEAKERS[number] for number in spoken.speaker[partner].tolist()]
+            splits[name], held[name] = split_by_class(Split(inputs, labels[row], groups=speakers), retained)
         self.train, self.val, self.test = splits["train"], splits["val"], splits["test"]
         self.near_ood = held["test"] if len(retained) < 10 else None
         self.noise = split_statistics(self.train.inputs)

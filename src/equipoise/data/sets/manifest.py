@@ -104,7 +104,9 @@ class ManifestDataset(Dataset):
                 got="the same text or file in all", fix="Without others, there is nothing to tell a pair from.",
             )  # fmt: skip
         splits = {
-            name: RowSplit({}, self.manifest.target[torch.from_numpy(part)], rows=part)
+            name: RowSplit(
+                {}, self.manifest.target[torch.from_numpy(part)], groups=self.manifest.groups_of(part), rows=part
+            )
             for name, part in self.rows.items()
         }
         self.train, self.val, self.test = splits["train"], splits["val"], splits["test"]

@@ -79,6 +79,7 @@ class UTDMHAD(Dataset):
                 action[rows] - 1,
                 mask={name: mask[rows] for name, mask in masks.items()},
                 times={name: _times(mask[rows], RATE[name]) for name, mask in masks.items()},
+                groups=[f"subject {number}" for number in subject[rows].tolist()],
             )
             for rows in (train, val, test)
         )

@@ -165,6 +165,12 @@ class Manifest:
         )
         return {name: self.usable[part] for name, part in parts.items()}
 
+    def groups_of(self, rows: np.ndarray) -> list[str] | None:
+        """Returns the groups of rows, from the column of groups; None without such a column."""
+        if self.group is None:
+            return None
+        return [str(name) for name in self.table.select_columns(self.group)[rows][self.group]]
+
     def shared_files(self) -> tuple[str, list[int] | None]:
         """Returns the first modality of pairs with the same file in several rows, and the number of each row's file.
 
