@@ -2,6 +2,8 @@
 
     python benchmarks/rollingq_study.py run mosi --seeds 5 --out study
     python benchmarks/rollingq_study.py run occupancy_detection --folds 1,2 --seeds 5 --out study
+    python benchmarks/rollingq_study.py run av_digits --pretrained MODELS/whisper-tiny.en MODELS/dinov2-small \
+        --sgd 0.001 --epochs 30 --seeds 3 --name pretrained --out study
     python benchmarks/rollingq_study.py table study
 
 Joint attention of a packaged recipe is trained with its RollingQ, with a rotation by the same angle in a random
@@ -9,7 +11,8 @@ direction, and without a rotation; each with the recipe's optimizer and with SGD
 ``--sgd``). With ``--turns 3`` the query is rotated up to three times.
 
 Accuracy and r (attention against replacement by noise; own: noise with the level of each sample) are compared with
-joint attention without a rotation, paired on seeds and folds, by a two-sided t-test. The attention imbalance (AIR) of
+joint attention without a rotation, paired on seeds and folds, by a two-sided t-test. With ``--pretrained``, inputs are
+token features of frozen pretrained encoders, see ``pretrained_digits.py``. The attention imbalance (AIR) of
 the most attended modality is measured on one fixed validation batch before and after each optimizer step of the epoch
 that follows the first rotation. The effect of the rotation at step k is the difference from the run without it, which
 sees the same batches.
@@ -28,9 +31,11 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from pretrained_digits import pretrained_digits
 
 import equipoise as eq
 from equipoise.diagnostics.prediction_collection import collect_predictions
+from equipoise.results import result_rows
 from equipoise.results.significance import SURE
 from equipoise.training import comparison, recipes
 from equipoise.training.run import execute_run, load_run_dataset, quiet_lightning, single_thread
@@ -62,9 +67,14 @@ class Trace(pl.Callback):
             self._measure(pl_module.model)
 
 
-def study_recipe(name: str, sgd: float, turns: int) -> recipes.Recipe:
+def study_recipe(name: str, options: argparse.Namespace) -> recipes.Recipe:
     """The packaged recipe with a variant under SGD and a random rotation."""
-    recipe = recipes.load_recipe(name)
+    recipe, turns, sgd = recipes.load_recipe(name), options.turns, options.sgd
+    if options.pretrained:
+        encoder = {"name": "SequenceEncoder", "dim": 64, "depth": 1, "heads": 4}
+        recipe = replace(recipe, encoders=dict.fromkeys(recipe.encoders, encoder), data={"name": "pretrained_digits"})
+    if options.epochs:
+        recipe = replace(recipe, train=replace(recipe.train, epochs=options.epochs))
     rolling = {**recipe.balancers["rollingq"], "max_rotations": turns, "beta": 0.0}
     control = {**rolling, "balancer": "rollingq", "rotation": "random"}
     return replace(
@@ -77,23 +87,34 @@ def study_recipe(name: str, sgd: float, turns: int) -> recipes.Recipe:
 
 
 def run(options: argparse.Namespace) -> None:
-    recipe = study_recipe(options.set, options.sgd, options.turns)
+    recipe = study_recipe(options.set, options)
     names = [f"{base}{part}" for base in ("joint", "sgd") for part in ("", "+rollingq", "+random")]
     folds = options.folds.split(",") if options.folds else []
-    out = options.out / (options.set if options.turns == 1 else f"{options.set}_{options.turns}")
-    for job in comparison.plan_runs(recipe, names, options.seeds, folds):
+    out = options.out / (options.name or (options.set if options.turns == 1 else f"{options.set}_{options.turns}"))
+    plan = comparison.plan_runs(recipe, names, options.seeds, folds)
+    sources: dict[str | None, Any] = {}
+    runs = []
+    for job in plan:
         folder = job.folder(out)
-        if (folder / "trace.json").is_file():
-            continue
-        source = load_run_dataset(recipe, job.fold)
+        if job.fold not in sources:
+            if options.pretrained:
+                sources[job.fold] = pretrained_digits(*options.pretrained[:2], fold=job.fold or "A", cache=options.out)
+            else:
+                sources[job.fold] = load_run_dataset(recipe, job.fold)
+        source = sources[job.fold]
         samples = torch.arange(min(256, len(source.split("val"))))
         batch = source.batch("val", samples, seed=0, epoch=0, train=False)
         trace = Trace(batch, recipe.balancers["rollingq"].get("warmup_epochs", 0) + 1)
         with single_thread(), quiet_lightning():
-            execute_run(job, folder, trainer_options={"callbacks": [trace], "accelerator": "cpu"})
-        (folder / "trace.json").write_text(json.dumps(trace.cosines), encoding="utf-8")
-        print(f"{options.set} {job.method}, seed {job.seed}, fold {job.fold} done", flush=True)
-    comparison.compare(recipe, names, seeds=options.seeds, folds=folds, out=out, title=options.set, workers=0)
+            result = execute_run(
+                job, folder, trainer_options={"callbacks": [trace], "accelerator": "cpu"}, dataset=source
+            )
+        runs += [] if result is None else [result]
+        if not (folder / "trace.json").is_file():
+            (folder / "trace.json").write_text(json.dumps(trace.cosines), encoding="utf-8")
+            print(f"{options.set} {job.method}, seed {job.seed}, fold {job.fold} done", flush=True)
+        content = result_rows.build_results(runs, comparison.run_protocol(recipe, plan, options.set))
+        result_rows.write_results(out / "results.json", content)
 
 
 def effects(folder: Path, method: str, reference: str) -> dict[str, list[float]]:
@@ -156,6 +177,12 @@ def main() -> None:
     one.add_argument("--seeds", type=int, default=5)
     one.add_argument("--folds", default="")
     one.add_argument("--sgd", type=float, default=0.05, help="learning rate of SGD")
+    one.add_argument("--epochs", type=int, help="by default those of the recipe")
+    one.add_argument(
+        "--pretrained", type=Path, nargs=2, metavar=("WHISPER", "DINOV2"),
+        help="av_digits as features of these frozen encoders, folders of transformers",
+    )  # fmt: skip
+    one.add_argument("--name", help="name of the lines in the table; by default the set")
     one.add_argument("--turns", type=int, default=1, help="largest number of rotations")
     one.add_argument("--out", type=Path, required=True)
     one.set_defaults(action=run)

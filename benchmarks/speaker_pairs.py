@@ -7,7 +7,9 @@ Each method is trained for each pair of speakers, who are not in its training an
 with its control on the same pairs. Two pairs that share a speaker are not independent, so that the standard error is
 that of the jackknife over speakers: the mean difference is a U-statistic of the speakers, and
 
-    se^2 = 5 / 6  sum over speakers s of (mean of the 10 pairs without s - their mean over s)^2,     t with 5 degrees of freedom.
+    se^2 = 5 / 6  sum over speakers s of (mean of the 10 pairs without s - mean of these means over s)^2,
+
+and t has 5 degrees of freedom.
 
 The column "pairs" has the p-value of a t-test that takes the 15 pairs for independent.
 Set EQUIPOISE_DATA to the folder of the data."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import equipoise as eq
-from equipoise.diagnostics import corruptions, robustness
+from equipoise.diagnostics import corruptions, robustness, robustness_test
 from equipoise.diagnostics.suite import diagnose
 from equipoise.errors import ConfigError, ShapeError
 from helpers import fusion
@@ -64,6 +64,24 @@ def test_undamaged_inputs_are_encoded_once_for_each_batch():
     # Two batches and ten damages; other passes encode both modalities.
     assert calls.count("audio") - calls.count("image") == 2 * 10 - 2
     assert [encoder.forward for encoder in model.encoders.values()] == before
+
+
+@pytest.mark.parametrize("most", [1, 84 * 3 * 3])
+def test_result_does_not_depend_on_the_number_of_passes(most, monkeypatch):
+    model = weighted_model(audio=1.0, image=0.7)
+    passes = []
+
+    def loader():
+        passes.append(1)
+        return labeled_batches(model, sizes=(53, 31))
+
+    options = {"corruptions": ["gain", "zeros"], "severities": [2, 4]}
+    whole = robustness(model, loader, **options)
+    one_pass = len(passes)
+    monkeypatch.setattr(robustness_test, "MOST_LOGITS", most)
+    assert robustness(model, loader, **options).scores == whole.scores
+    # Eight damages: one in each pass, or three.
+    assert len(passes) - 2 * one_pass == {1: 8, 84 * 3 * 3: 3}[most] - 1
 
 
 class ReusedBuffers:

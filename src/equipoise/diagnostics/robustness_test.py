@@ -26,6 +26,8 @@ from .prediction_collection import check_batch, collect_predictions, input_of
 from .task_scores import score_name
 
 Batches = Iterable[Mapping[str, Any]]
+MOST_LOGITS = 64_000_000
+"""Logits of all damages that are in memory at once; above, the loader is read several times."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,8 @@ def robustness(
 
     Returns:
         Robustness. The model runs once for each modality, corruption and severity; encoders of modalities that are not
-        damaged run once.
+        damaged run once for each pass over the loader: there is one pass, or more if the logits under all damages
+        together would take more than 256 MB.
 
     Raises:
         ConfigError: an unknown modality, corruption or severity, no corruption that fits, or a model without task.
@@ -208,14 +211,16 @@ def robustness(
             moments = input_statistics(batches(), name, who=who)
         damages += [_Damage(name, one, severity, kind, moments) for one in fitting for severity in severities]
     scores: dict[tuple[str, str, int], float] = {}
-    if damages:
-        sizes: list[int] = []
+    together = max(1, MOST_LOGITS // max(1, clean.logits.numel()))
+    for start in range(0, len(damages), together):
+        part, sizes = damages[start : start + together], list[int]()
         with _reused_encodings(model) as start_batch:
-            predictions = collect_predictions(model, _damaged(batches(), damages, seed, sizes, start_batch))
-        logits, target = (part.split(sizes) for part in (predictions.logits, predictions.target))
-        for number, one in enumerate(damages):
+            predictions = collect_predictions(model, _damaged(batches(), part, seed, sizes, start_batch))
+        logits, target = predictions.logits.split(sizes), predictions.target.split(sizes)
+        for number, one in enumerate(part):
+            own = slice(number, None, len(part))
             scores[one.modality, one.corruption, one.severity] = score_name(
-                model, torch.cat(logits[number :: len(damages)]), torch.cat(target[number :: len(damages)]), who, metric
+                model, torch.cat(logits[own]), torch.cat(target[own]), who, metric
             )
     if not scores:
         raise ConfigError(
