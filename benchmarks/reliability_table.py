@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from equipoise.results.significance import bootstrap_p
+from equipoise.results.significance import bootstrap_p, holm
 
 CONTROL = "concat_aux+corruption"
 METHODS = (
@@ -27,20 +27,6 @@ METHODS = (
     "ensemble+corruption",
 )  # fmt: skip
 NOISE = ("white_noise", "own_noise", "partial", "additive")
-
-
-def holm(values: list[float]) -> list[float]:
-    """Returns p-values corrected by Holm's method.
-
-    >>> holm([0.01, 0.04, 0.03])
-    [0.03, 0.06, 0.06]
-    """
-    order = sorted(range(len(values)), key=values.__getitem__)
-    result, largest = [0.0] * len(values), 0.0
-    for rank, index in enumerate(order):
-        largest = max(largest, min(1.0, (len(values) - rank) * values[index]))
-        result[index] = round(largest, 6)
-    return result
 
 
 def mean(values: Any) -> float:

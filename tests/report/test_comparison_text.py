@@ -257,3 +257,27 @@ def test_unfinished_and_failed_runs_are_reported():
     (message,) = comparison_text.notices({"runs": [], "complete": False, "failures": [
         {"method": "joint", "seed": 3, "fold": "A", "error": "loss is NaN", "kind": "NonFiniteError"}]})  # fmt: skip
     assert message == "joint, seed 3, fold A failed and is not included: loss is NaN"
+
+
+def test_headline_is_corrected_for_the_number_of_tests():
+    # d = 1.0, 1.2, 1.4 points of the first metric: t = 10.4, p = 0.009; the other tests are not significant.
+    def runs_of(others):
+        metrics = ["accuracy", *(f"accuracy_noise/m{number}" for number in range(others))]
+        shifts = {"accuracy": (0.010, 0.012, 0.014)}
+        return [
+            {"method": method, "seed": seed, "fold": None,
+             "metrics": {m: 0.5 + (shifts.get(m, (0.01, -0.02, 0.01))[seed] if method == "b" else 0.0) for m in metrics}}
+            for method in ("a", "b") for seed in range(3)
+        ]  # fmt: skip
+
+    def texts(others):
+        runs = runs_of(others)
+        protocol = {"methods": ["a", "b"], "references": {"b": "a"}}
+        summary = result_rows.summarize_runs(runs, {"b": "a"})
+        readings = ResultsView({"protocol": protocol, "runs": runs, "summary": summary})
+        return comparison_text.headline(readings), comparison_text.verdict(readings)[0]
+
+    assert texts(3)[0] == "b has a higher accuracy than a (+1.2 points)"
+    assert texts(3)[1].startswith("The largest significant effect after Holm's correction for 4 tests is that of b")
+    assert texts(9)[0] == "No significant difference between a and b"
+    assert texts(9)[1] == "No difference to a reference is significant after Holm's correction for 10 tests."

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..results.significance import SURE
-from .effect_sizes import Effect, between, describe_effect, effect, largest
+from .effect_sizes import Effect, between, describe_effect, effect, largest, tested_effects
 from .results_view import ResultsView
 from .text_format import (
     LEVEL,
@@ -41,12 +41,16 @@ def verdict(readings: ResultsView) -> list[str]:
         return ["No run has finished yet."]
     once = bool(readings.rows) and all(row["n"] < 2 for row in readings.rows.values())
     sentences = [_single_run_text(readings)] if once else []
-    first = largest(readings)
+    tests = tested_effects(readings)
+    first = largest(tests)
     if first is not None:
+        corrected = f" after Holm's correction for {len(tests)} tests" if len(tests) > 1 else ""
         sentences.append(
-            f"The largest significant effect is that of {first.method} compared with {first.reference}: "
+            f"The largest significant effect{corrected} is that of {first.method} compared with {first.reference}: "
             f"{first.sentence}."
         )
+    elif any(one.sure for one in tests):
+        sentences.append(f"No difference to a reference is significant after Holm's correction for {len(tests)} tests.")
     for method in readings.methods:
         sentences.append(_response_sentence(readings, method))
         if method not in readings.single:
@@ -96,7 +100,7 @@ def notices(results: Mapping[str, Any]) -> list[str]:
 
 def headline(readings: ResultsView) -> str:
     """Title of the page: the largest significant effect, or that there is no significant difference."""
-    strongest, names = largest(readings), readings.methods
+    strongest, names = largest(tested_effects(readings)), readings.methods
     if strongest is not None:
         course = "higher" if strongest.more else "lower"
         words = describe_effect(strongest.metric).removesuffix(" r")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..results.result_rows import RunResult, finite_or_none, paired, run_pairs
-from ..results.significance import SURE, paired_p, resampled_p, unpack_outcomes
+from ..results.significance import SURE, holm, paired_p, resampled_p, unpack_outcomes
 from .results_view import ResultsView
 from .text_format import (
     as_read,
@@ -180,10 +180,10 @@ def _p_over_resamples(run: RunResult, other: RunResult, metric: str) -> float | 
     return resampled_p(float(values[0]) - float(values[1]), *rows) if len(rows[0]) == len(rows[1]) else None  # type: ignore[arg-type]
 
 
-def largest(readings: ResultsView) -> Effect | None:
-    """The largest significant effect on the score, the score under noise, or the response of attention.
+def tested_effects(readings: ResultsView) -> list[Effect]:
+    """Differences to the references in the score, the score under noise or damage, and the response of attention.
 
-    Unimodal baselines are only included if there are no other methods.
+    Unimodal baselines are only included if there are no other methods, differences without a p-value not at all.
     """
     score = readings.score
     metrics = [
@@ -192,7 +192,12 @@ def largest(readings: ResultsView) -> Effect | None:
         if m in (score, "noise_attention_r") or m.startswith((f"{score}_noise/", f"{score}_corrupted/"))
     ]
     methods = [m for m in readings.methods if m not in readings.single] or readings.methods
-    effects = [
-        one for method in methods for metric in metrics if (one := effect(readings, method, metric)) and one.sure
-    ]
-    return max(effects, key=lambda one: one.size) if effects else None
+    found = (effect(readings, method, metric) for method in methods for metric in metrics)
+    return [one for one in found if one is not None and one.p is not None]
+
+
+def largest(effects: Sequence[Effect]) -> Effect | None:
+    """The largest of the effects that are significant after Holm's correction for their number; None without one."""
+    corrected = holm([one.p or 0.0 for one in effects])
+    sure = [one for one, p in zip(effects, corrected, strict=True) if p < SURE]
+    return max(sure, key=lambda one: one.size, default=None)

@@ -126,6 +126,26 @@ def bootstrap_p(differences: Sequence[float] | np.ndarray) -> float:
     return (extreme + 1) / (RESAMPLES + 1)
 
 
+def holm(values: Sequence[float]) -> list[float]:
+    """Returns p-values corrected by Holm's method for the number of tests.
+
+    p_(i) of the sorted values becomes the maximum over j <= i of (n - j + 1) p_(j), at most 1: the probability that at
+    least one of the true null hypotheses is rejected is at most the level.
+
+    Example:
+        >>> holm([0.01, 0.04, 0.03])
+        [0.03, 0.06, 0.06]
+
+    Reference: Holm, "A simple sequentially rejective multiple test procedure" (Scand. J. Stat. 1979).
+    """
+    order = sorted(range(len(values)), key=values.__getitem__)
+    result, highest = [0.0] * len(values), 0.0
+    for rank, index in enumerate(order):
+        highest = max(highest, min(1.0, (len(values) - rank) * values[index]))
+        result[index] = highest
+    return result
+
+
 def unpaired_p(first: float, second: float, *variances: float) -> float | None:
     """Returns the two-sided p-value of a normal test of two means, given their squared standard errors.
 
