@@ -263,12 +263,10 @@ def test_headline_is_corrected_for_the_number_of_tests():
     # d = 1.0, 1.2, 1.4 points of the first metric: t = 10.4, p = 0.009; the other tests are not significant.
     def runs_of(others):
         metrics = ["accuracy", *(f"accuracy_noise/m{number}" for number in range(others))]
-        shifts = {"accuracy": (0.010, 0.012, 0.014)}
-        return [
-            {"method": method, "seed": seed, "fold": None,
-             "metrics": {m: 0.5 + (shifts.get(m, (0.01, -0.02, 0.01))[seed] if method == "b" else 0.0) for m in metrics}}
-            for method in ("a", "b") for seed in range(3)
-        ]  # fmt: skip
+        runs = [fake_run("a", seed, **dict.fromkeys(metrics, 0.5)) for seed in range(3)]
+        for seed, (first, other) in enumerate([(0.510, 0.51), (0.512, 0.48), (0.514, 0.51)]):
+            runs.append(fake_run("b", seed, **{**dict.fromkeys(metrics, other), "accuracy": first}))
+        return runs
 
     def texts(others):
         runs = runs_of(others)

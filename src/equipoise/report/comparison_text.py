@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -113,8 +113,13 @@ def headline(readings: ResultsView) -> str:
     if _tested(readings):
         # Unimodal baselines have no part in ``largest``, so they are not claimed to be equal.
         fusions = [name for name in names if name not in readings.single]
-        return f"No significant difference between {join_and(fusions if len(fusions) > 1 else names)}"
-    return f"Comparison of {join_and(names)} without a statistical test"
+        return f"No significant difference between {_methods(fusions if len(fusions) > 1 else names)}"
+    return f"Comparison of {_methods(names)} without a statistical test"
+
+
+def _methods(names: Sequence[str]) -> str:
+    """Up to four names, or the number of methods."""
+    return join_and(list(names)) if len(names) <= 4 else f"{len(names)} methods"
 
 
 def _response(readings: ResultsView, method: str) -> str:

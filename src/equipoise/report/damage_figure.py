@@ -126,13 +126,12 @@ def _draw(readings: ResultsView, only: str | None = None) -> Figure | None:
     for number, (axes, (metric, name, title)) in enumerate(zip(every.flat, panels, strict=False)):
         _panel(axes, readings, metric, name, named=number % columns == 0)
         axes.set_title(title, loc="left", fontsize=9, color=INK)
-        if only is not None:
-            axes.set_xlim(*_limits(readings, every_panel))
+        axes.set_xlim(*_limits(readings, every_panel))
     return figure
 
 
 def _limits(readings: ResultsView, panels: list[tuple[str, str, str]]) -> tuple[float, float]:
-    """Common limits of the horizontal axis: all scores and intervals, with a margin."""
+    """Common limits of the horizontal axis: all scores and intervals, with a margin; fractions from 0 to 1 at most."""
     ends: list[float] = []
     for metric, name, _ in panels:
         samples = [readings.values(method, metric) for method in _fusions(readings, metric)]
@@ -140,8 +139,12 @@ def _limits(readings: ResultsView, panels: list[tuple[str, str, str]]) -> tuple[
             samples.append(intact[1])
         for values in samples:
             ends += [as_read(metric, end) for end in (*values, *(confidence_interval(values) or ()))]
-    margin = 0.04 * (max(ends) - min(ends)) or 1e-3
-    return min(ends) - margin, max(ends) + margin
+    low, high = min(ends), max(ends)
+    if is_fraction(readings.score):
+        # Intervals of few runs may be wider than the range of a fraction.
+        low, high = max(low, 0.0), min(high, 1.0)
+    margin = 0.04 * (high - low) or 1e-3
+    return low - margin, high + margin
 
 
 def _panel(axes: Axes, readings: ResultsView, metric: str, name: str, *, named: bool) -> None:
