@@ -7,7 +7,10 @@ of the modalities that it leaves intact, alone: the accuracy of a perfect detect
 
 p-values compare each method with the control (concat_aux+corruption without reliability) on the same test samples: the
 difference of the mean outcomes of each sample over seeds and damages, with the bootstrap of
-equipoise.results.significance. They are corrected by Holm's method over all methods and sets of the table."""
+equipoise.results.significance. They are corrected by Holm's method over all methods and sets of the table.
+
+"p, groups" is not corrected. It is that of a t-test of the mean differences of the groups of test samples (subjects,
+speakers), with groups as a random factor; it is missing for data without groups, or with fewer than three."""
 
 from __future__ import annotations
 
@@ -19,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from equipoise.results.result_rows import paired
 from equipoise.results.significance import bootstrap_p, holm
 
 CONTROL = "concat_aux+corruption"
@@ -71,6 +75,19 @@ def samples(runs: list[dict[str, Any]], which: int) -> np.ndarray:
     return np.mean([run["samples"]["unseen"][which] for run in runs], axis=0)
 
 
+def group_p(differences: np.ndarray, groups: list[str] | None) -> float | None:
+    """Two-sided p-value of a t-test of the means over groups; None for fewer than three.
+
+    >>> round(group_p(np.array([0.5, 0.0, 0.5, 1.0]), ["a", "b", "c", "c"]), 3)
+    0.199
+    """
+    names = sorted(set(groups or ()))
+    if len(names) < 3:
+        return None
+    member = np.array(groups)
+    return paired([float(differences[member == name].mean()) for name in names])["p"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, nargs="+")
@@ -80,7 +97,7 @@ def main() -> None:
         title = content["set"] + ("" if content["fold"] == "all" else f" {content['fold']}")
         control = content["runs"][CONTROL]
         for name, count, cells in alone_rows(content):
-            lines.append((title, name, count, cells, None, [], 0))
+            lines.append((title, name, count, cells, None, [], 0, None))
         for method, by_seed in sorted(content["runs"].items(), key=lambda item: (*METHODS, item[0]).index(item[0])):
             seeds = sorted(set(by_seed) & set(control))
             runs, others = [by_seed[seed] for seed in seeds], [control[seed] for seed in seeds]
@@ -88,19 +105,33 @@ def main() -> None:
             for which, suffix in ((0, ""), (1, "+reliability")):
                 values = row(content, runs, which)
                 same = method == CONTROL and which == 0
+                group = None
                 if not same:
-                    tests.append(bootstrap_p(samples(runs, which) - samples(others, 0)))
+                    change = samples(runs, which) - samples(others, 0)
+                    tests.append(bootstrap_p(change))
+                    group = group_p(change, runs[0].get("groups"))
                 better = sum(
                     float(np.mean(run["samples"]["unseen"][which])) > float(np.mean(other["samples"]["unseen"][0]))
                     for run, other in zip(runs, others, strict=True)
                 )
                 lines.append(
-                    (title, method + suffix, len(seeds), values, None if same else len(tests) - 1, reference, better)
+                    (
+                        title,
+                        method + suffix,
+                        len(seeds),
+                        values,
+                        None if same else len(tests) - 1,
+                        reference,
+                        better,
+                        group,
+                    )
                 )
     corrected = holm(tests)
-    print("| set | method | seeds | clean | noise | unseen | worst unseen | near | unseen, difference | aim |")
-    print("|---|---|---|---|---|---|---|---|---|---|")
-    for title, method, seeds, values, test, reference, better in lines:
+    print(
+        "| set | method | seeds | clean | noise | unseen | worst unseen | near | unseen, difference | p, groups | aim |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|---|")
+    for title, method, seeds, values, test, reference, better, group in lines:
         cells = [value if isinstance(value, str) else f"{value:.1f}" for value in values]
         difference = aim = ""
         if test is not None:
@@ -117,7 +148,8 @@ def main() -> None:
                 if not fine
             ]
             aim = ", ".join(fails) or "met"
-        line = f"| {title} | {method} | {seeds} | {' | '.join(cells)} | {difference} | {aim} |"
+        test_of_groups = "" if group is None else f"{group:.3f}"
+        line = f"| {title} | {method} | {seeds} | {' | '.join(cells)} | {difference} | {test_of_groups} | {aim} |"
         print(line.replace(" -", " −"))
 
 
