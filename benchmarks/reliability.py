@@ -67,8 +67,8 @@ def correct(logits: list[torch.Tensor], target: torch.Tensor) -> torch.Tensor:
     return (torch.cat(logits).argmax(dim=1) == target).double()
 
 
-def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Outcomes of a run: clean, and for each damage, with and without reliability."""
+def measure(folder: Path, options: argparse.Namespace, only: str | None = None) -> dict[str, Any]:
+    """Outcomes of a run: clean, and for each damage (of the family ``only``), with and without reliability."""
     model: Any = eq.load(folder, data=options.data)
     if model.task != "classification":
         raise SystemExit("this benchmark needs a classification")
@@ -81,14 +81,17 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     given = {"distance": options.distance, "form": options.form}
     if options.corruptions:
         given["corruptions"] = options.corruptions.split(",")
-    whole = eq.Reliability.fit(model, train, val, **given)
     kinds = {name: corruptions.infer_kind(test[0][name]) for name in model.names}
-    tested = {c: FAMILY[c] for kind in kinds.values() for c in corruptions.corruption_names(kind) if c in FAMILY}
-    wrappers = dict.fromkeys(FAMILIES, whole)
+    tested = {
+        c: FAMILY[c] for kind in kinds.values() for c in corruptions.corruption_names(kind)
+        if c in FAMILY and only in (None, FAMILY[c])
+    }  # fmt: skip
+    wrappers: dict[str, Any] = {}
     if not options.corruptions:
-        for family in set(tested.values()):
+        for family in dict.fromkeys(tested.values()):
             others = [c for c in corruptions.corruption_names() if FAMILY.get(c, family) != family]
             wrappers[family] = eq.Reliability.fit(model, train, val, **given, corruptions=others)
+    whole = wrappers[only] if only in wrappers else eq.Reliability.fit(model, train, val, **given)
     target = torch.cat([batch["target"] for batch in test])
     encoded = [whole.encode(batch) for batch in test]
     result: dict[str, Any] = {
@@ -102,9 +105,9 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     counts = dict.fromkeys(sums, 0)
     for name, kind in kinds.items():
         for corruption in corruptions.corruption_names(kind):
-            for severity in options.severities if corruption in FAMILY else ():
+            for severity in options.severities if corruption in tested else ():
                 found: tuple[list[Any], list[Any]] = ([], [])
-                reliable = wrappers[FAMILY[corruption]]
+                reliable = wrappers.get(FAMILY[corruption], whole)
                 for number, (batch, tokens) in enumerate(zip(test, encoded, strict=True)):
                     damaged = corruptions.corrupt_batch(
                         batch, name, corruption, severity=severity, seed=number, statistics=source.noise[name]
@@ -123,9 +126,10 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
                 for total, part in zip(sums[key], outcomes, strict=True):
                     total += part
     result["samples"] = {
-        key: [[round(value, 4) for value in (part / counts[key]).tolist()] for part in parts]
+        key: [[round(value, 4) for value in (part / max(1, counts[key])).tolist()] for part in parts]
         for key, parts in sums.items()
     }
+    result["counts"] = counts
     result["groups"] = tested_groups(source, options.most_test)
     result["cost"] = seconds(lambda: whole(test[0])) / seconds(lambda: model(test[0])) if options.cost else None
     return result

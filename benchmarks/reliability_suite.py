@@ -2,6 +2,7 @@
 
     python benchmarks/reliability_suite.py --out reliability                    # all sets, five seeds
     python benchmarks/reliability_suite.py --sets mosi utd_mhad --seeds 3 --out reliability
+    python benchmarks/reliability_suite.py --sets av_digits --folds A,B,C --seeds 3 --out reliability
 
 The steps can be run alone: ``equipoise compare`` trains, ``benchmarks/reliability.py`` measures, and
 ``benchmarks/reliability_table.py`` prints. Finished runs and measurements are not repeated, so that more seeds can be
@@ -30,6 +31,9 @@ def call(script: str, *arguments: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sets", nargs="+", default=SETS)
+    parser.add_argument(
+        "--folds", type=lambda text: text.split(","), help="of each set; by default those of its recipe"
+    )
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--severities", nargs="+", default=["4"])
     parser.add_argument("--most-val", default="400")
@@ -39,11 +43,12 @@ def main() -> None:
     files = []
     for name in options.sets:
         recipe = recipes.load_recipe(name)
+        folds = options.folds or recipe.folds
         comparison.compare(
-            recipe, [*recipe.encoders, *METHODS], seeds=options.seeds, folds=recipe.folds, out=options.out / name,
+            recipe, [*recipe.encoders, *METHODS], seeds=options.seeds, folds=folds, out=options.out / name,
             title=name, workers=0,
         )  # fmt: skip
-        for fold in recipe.folds or ["all"]:
+        for fold in folds or ["all"]:
             file = options.out / (f"{name}.json" if fold == "all" else f"{name}_{fold}.json")
             call(
                 "reliability.py", str(options.out / name), "--fold", fold, "--seeds", str(options.seeds),
