@@ -63,7 +63,7 @@ def tested_groups(source: Any, most: int) -> list[str] | None:
     return groups if groups is None or len(groups) <= most else [groups[i * len(groups) // most] for i in range(most)]
 
 
-def correct(logits: list[torch.Tensor], target: torch.Tensor) -> torch.Tensor:
+def correct(logits: list[Any], target: torch.Tensor) -> torch.Tensor:
     return (torch.cat(logits).argmax(dim=1) == target).double()
 
 
