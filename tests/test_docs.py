@@ -88,6 +88,17 @@ def test_links_point_to_files(page):
         assert target.startswith("http") or (page.parent / target).exists(), target
 
 
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_named_files_exist(page):
+    text = page.read_text(encoding="utf-8")
+    named = re.findall(r"\b(?:tests|benchmarks|docs|examples|notebooks|scripts)/[\w/.-]+\.\w+", text)
+    named += [f"src/equipoise/{name}" for name in re.findall(r"`((?:[a-z_]+/)+\w+\.py)`", text)]
+    missing = [
+        name for name in named if not (ROOT / name).exists() and not (ROOT / name[len("src/equipoise/") :]).exists()
+    ]
+    assert not missing
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 # Warnings of the client's own event loop are not about the notebooks.
 @pytest.mark.filterwarnings("ignore")
