@@ -13,6 +13,7 @@ from equipoise.report import plot_style
 from equipoise.report.look_figures import DEEPEST
 from equipoise.report.look_html import look_page, look_report
 from equipoise.report.look_sentences import MeanShares, percent, verdict
+from helpers import tiled_images
 from helpers.look import EVIL, QUESTION, build_llama, build_llava, build_processor, tokenizer, wide_image
 from helpers.pages import CONTRAST
 
@@ -332,3 +333,29 @@ def test_several_images_have_one_map_each(opened_page, width):
     assert f"image 2 {100 * share:.0f} %" in view.locator("#told").text_content().replace("\u00a0", " ")
     view.locator("#over").uncheck()
     assert not any(view.locator("canvas.map").evaluate_all("all => all.map(one => one.checkVisibility())"))
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width", [390, 1280])
+def test_tiles_and_overview_are_drawn_over_the_visible_image(opened_page, width):
+    model, processor = tiled_images.build("llava_next")
+    inspection = look(model, processor, image=wide_image(120, 60), text=QUESTION, max_new_tokens=2)
+    view = opened_page(inspection.to_dict(), width=width)
+    assert view.evaluate("document.documentElement.scrollWidth") <= width
+    tiles, overview = view.locator("canvas.map").evaluate_all(
+        "all => all.map(one => ({size: [one.width, one.height], label: one.ariaLabel, alpha:"
+        " [...one.getContext('2d').getImageData(0, 0, one.width, one.height).data].filter((_, i) => i % 4 === 3)}))"
+    )
+    assert tiles["size"] == overview["size"] == [120, 60]
+    # The image is visible under all tokens.
+    assert all(0 < min(one["alpha"]) <= max(one["alpha"]) < 230 for one in (tiles, overview))
+    assert "over tiles." in tiles["label"]
+    assert "over overview." in overview["label"]
+    answer = inspection.maps.mean[0].float().mean(dim=0)
+    text = displayed_value(view).replace("\u00a0", " ")
+    for places, words in [
+        (inspection.scenes[0].places, "tiles {}"),
+        (inspection.scenes[1].places, "overview {}"),
+        (inspection.unplaced, "cover no single region (8): {}"),
+    ]:
+        assert words.format(percent(float(answer[list(places)].sum()))) in text

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -19,9 +18,10 @@ from .attention_maps import build_attention_maps, trace_readers
 from .attention_trace import trace_attention
 from .encoder_decoder import cross_effects, trace_cross_attention
 from .encoder_prompts import encode_prompt, generate_answer
-from .inspection_result import VIEWS, ImageScene, InspectedToken, Inspection, build_view
+from .image_scenes import WHOLE, ImageLayout, encode_png, image_layout, mean_token_layout
+from .inspection_result import VIEWS, InspectedToken, Inspection, build_view
 from .media_effects import blank_media, mean_log_likelihood, measure_effects
-from .patch_layout import PatchGrid, frame_index, image_parts, patch_grid
+from .patch_layout import frame_index, patch_grid
 from .prompt_inputs import (
     PreparedPrompt,
     check_given,
@@ -34,9 +34,6 @@ from .prompt_inputs import (
     token_words,
     tokenizer_of,
 )
-
-IMAGE_SIZE = 512
-"""Pixels of the longer side of the image in the report."""
 
 
 def look(
@@ -133,12 +130,10 @@ def look(
     if apart := len(first.layers) - len(maps.layers):
         note = f"{apart} of {len(first.layers)} layers attend to another sequence than the text; the maps omit them."
         notes = (*notes, note)
-    grid = patch_grid(count, prompt.inputs, model.config, target) if target and count else None
-    scenes = []
-    if labels is not None and len(pictures) > 1:
+    layout = ImageLayout(patch_grid(count, prompt.inputs, model.config, target) if target and count else None)
+    if labels is not None and pictures and count:
         places = (labels == first.names.index("image")).nonzero().flatten().tolist()
-        scenes = _scenes(processor, pictures, places, prompt.inputs, model.config)
-        grid = scenes[0].grid if scenes else PatchGrid(1, count, False, "the tokens of each image are unknown")
+        layout = image_layout(processor, prompt.process, pictures, places, prompt.inputs, model.config)
     if first.missing:
         listed = "; ".join(f"{layer}: {reason}" for layer, reason in first.missing.items())
         notes = (*notes, f"Not in the tables: {listed}.")
@@ -159,34 +154,20 @@ def look(
         log_likelihood=likelihood,
         effects=tuple(effects),
         target=target,
-        grid=grid,
-        frame=frame_index(processor, picture.size) if picture else (0.0, 0.0, 1.0, 1.0),
+        grid=layout.grid,
+        frame=layout.frame,
         maps=maps,
-        image=_png(picture) if picture else None,
+        image=encode_png(picture) if picture else None,
         exclude_top_k=exclude_top_k,
         notes=tuple(notes),
-        scenes=tuple(scenes),
+        scenes=tuple(layout.scenes),
+        unplaced=tuple(layout.unplaced),
+        separators=tuple(layout.separators),
     )
 
 
 def _listed(image: Any) -> list[Any]:
     return [] if image is None else list(image) if isinstance(image, (list, tuple)) else [image]
-
-
-def _scenes(
-    processor: Any, pictures: Sequence[Image.Image], places: Sequence[int], inputs: dict[str, Any], config: Any
-) -> list[ImageScene]:
-    """Returns the grid of each of several images; none if the tokens of each image are unknown."""
-    parts = image_parts(places, len(pictures), inputs, config)
-    if parts is None:
-        return []
-    grids = inputs.get("image_grid_thw")
-    scenes = []
-    for index, (picture, part) in enumerate(zip(pictures, parts, strict=True)):
-        own = {} if grids is None else {"image_grid_thw": grids[index : index + 1]}
-        grid = patch_grid(len(part), own, config, "image")
-        scenes.append(ImageScene(_png(picture), grid, frame_index(processor, picture.size), tuple(part)))
-    return scenes
 
 
 def _look_at_encoder(
@@ -217,14 +198,18 @@ def _look_at_encoder(
         )  # fmt: skip
         progress("measuring ablations")
         effects = cross_effects(model, prompt, written, likelihood)
+    layout = ImageLayout(cross.grid, frame_index(processor, picture.size) if picture else WHOLE)
+    if picture:
+        places = [place for place, token in enumerate(cross.tokens) if token.modality == "image"]
+        layout = mean_token_layout(processor, picture, places, model.config) or layout
     return Inspection(
         model=name or getattr(model, "name_or_path", "") or type(model).__name__,
         names=tuple(labels_for(model, None, None)[0].names), prompt=text, given=answer is not None,
         answer=tokenizer.decode(written[0], skip_special_tokens=True).strip(), tokens=cross.tokens, layers=cross.layers,
-        views=cross.views, log_likelihood=likelihood, effects=tuple(effects), target=target, grid=cross.grid,
-        frame=frame_index(processor, picture.size) if picture else (0.0, 0.0, 1.0, 1.0), maps=cross.maps,
-        image=_png(picture) if picture else None, exclude_top_k=exclude_top_k, notes=tuple(notes),
-        written=cross.written,
+        views=cross.views, log_likelihood=likelihood, effects=tuple(effects), target=target, grid=layout.grid,
+        frame=layout.frame, maps=cross.maps,
+        image=encode_png(picture) if picture else None, exclude_top_k=exclude_top_k, notes=tuple(notes),
+        written=cross.written, scenes=tuple(layout.scenes), unplaced=tuple(layout.unplaced),
     )  # fmt: skip
 
 
@@ -253,11 +238,3 @@ def _tokens(texts: Sequence[str], names: Sequence[str], labels: Tensor | None, l
     label_ids = [-1] * len(texts) if labels is None else labels.tolist()
     for position, (text, label) in enumerate(zip(texts, label_ids, strict=True)):
         yield InspectedToken(text, names[label] if label >= 0 else None, "prompt" if position < length else "answer")
-
-
-def _png(picture: Image.Image) -> bytes:
-    small = picture.copy()
-    small.thumbnail((IMAGE_SIZE, IMAGE_SIZE))
-    buffer = io.BytesIO()
-    small.save(buffer, format="PNG", optimize=True)
-    return buffer.getvalue()

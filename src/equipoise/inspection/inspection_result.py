@@ -69,12 +69,23 @@ class InspectionView(NamedTuple):
 
 
 class ImageScene(NamedTuple):
-    """One of several images: PNG, the grid of its tokens, the visible crop, and the positions of its tokens."""
+    """A map of an image: one for each image, or one each for the tiles and the overview of an image.
+
+    Attributes:
+        image: PNG.
+        grid: number of tokens in each direction.
+        frame: the region that the grid covers, relative to the image.
+        places: positions of the tokens in the sequence.
+        title: name of the map.
+        boxes: region of each token; empty if the tokens are the cells of the grid, row by row.
+    """
 
     image: bytes
     grid: PatchGrid
     frame: tuple[float, float, float, float]
     places: tuple[int, ...]
+    title: str
+    boxes: tuple[tuple[float, float, float, float], ...] = ()
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -94,7 +105,8 @@ class Inspection:
         effects: changes of the log-likelihood when inputs are removed or attention is averaged.
         target: the modality besides text that was passed; None for text-only prompts.
         grid: arrangement of the target's tokens as image patches; None if unknown.
-        frame: left, upper, right and lower edge of the visible crop, relative to the image size.
+        frame: left, upper, right and lower edge of the region that the grid covers, relative to the image size; with
+            padding, it is larger than the image.
         maps: attention of single tokens.
         image: PNG for the report.
         exclude_top_k: number of tokens that ``without_sinks`` excludes.
@@ -102,7 +114,10 @@ class Inspection:
         written: (layer,) of an encoder-decoder, whose layers are the cross-attention of the decoder: the norm of its
             output relative to the sum with that of the self-attention; empty for other models. Its ``maps`` are
             weighted by the norm of the values.
-        scenes: one for each image if there are several; ``image``, ``grid`` and ``frame`` are then those of the first.
+        scenes: the maps if there are several, for several images or for the tiles and the overview of an image;
+            ``image``, ``grid`` and ``frame`` are then those of the first.
+        unplaced: positions of image tokens that cover no region, such as those at the end of each row.
+        separators: positions of text tokens between the tiles of an image.
     """
 
     model: str
@@ -124,6 +139,8 @@ class Inspection:
     notes: tuple[str, ...] = ()
     written: tuple[float, ...] = ()
     scenes: tuple[ImageScene, ...] = ()
+    unplaced: tuple[int, ...] = ()
+    separators: tuple[int, ...] = ()
 
     @property
     def by_construction(self) -> bool:
@@ -193,10 +210,11 @@ class Inspection:
                 "scenes": [
                     {
                         "picture": _data_url(one.image), "grid": one.grid._asdict(), "frame": one.frame,
-                        "places": one.places,
+                        "places": one.places, "title": one.title, "boxes": one.boxes,
                     }
                     for one in self.scenes
                 ],
+                "unplaced": self.unplaced, "separators": self.separators,
             }, "look",
         )  # fmt: skip
 

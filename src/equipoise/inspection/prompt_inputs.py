@@ -31,11 +31,13 @@ class PreparedPrompt:
         text: prompt with placeholders, before the processor repeats them.
         inputs: model inputs, a batch of one, on the model's device.
         blank: modality name -> the same inputs with blank content: an image of one color, or silence.
+        process: function from media, such as other images of the same sizes, to the inputs of this prompt.
     """
 
     text: str
     inputs: dict[str, Any]
     blank: dict[str, dict[str, Any]]
+    process: Callable[[Mapping[str, Sequence[Any]]], Inputs]
 
     @property
     def length(self) -> int:
@@ -60,7 +62,7 @@ def prepare_prompt(model: Any, processor: Any, text: str, image: Any = None, aud
         blank["image"] = process({**media, "images": [uniform_image(one) for one in pictures]})
     if audio is not None:
         blank["audio"] = process({**media, "audio": [np.zeros_like(audio)]})
-    return PreparedPrompt(prompt, process(media), blank)
+    return PreparedPrompt(prompt, process(media), blank, process)
 
 
 def uniform_image(picture: Image.Image) -> Image.Image:

@@ -70,6 +70,7 @@ def look_page(content: Mapping[str, Any]) -> str:
         layers=len(content["maps"]["layers"]),
         heads=content["maps"]["by_head"]["shape"][2],
         panels=_figures(shares),
+        tiled=look_sentences.tiled_text(content),
         scenes=content.get("scenes") or [{"picture": content["picture"], "grid": content["grid"]}],
     )
 

@@ -176,6 +176,19 @@ def explained(shares: MeanShares) -> str:
     )
 
 
+def tiled_text(content: Mapping[str, Any]) -> str:
+    """What the maps of tiles and overview show, and which tokens they omit; empty without such maps."""
+    scenes = [scene for scene in content.get("scenes") or [] if scene.get("boxes")]
+    if not scenes:
+        return ""
+    parts = [f"{one['title']}: {one['grid']['rows']} x {one['grid']['columns']} tokens" for one in scenes]
+    text = f"One map for each set of tokens, on the same scale ({'; '.join(parts)})." if len(parts) > 1 else ""
+    if unplaced := len(content["unplaced"]):
+        tokens = "1 token covers" if unplaced == 1 else f"{unplaced} tokens cover"
+        text += f" {tokens} no single region of the image (ends of rows, or a mean of the whole image); not drawn."
+    return text.strip()
+
+
 class EffectRow(NamedTuple):
     change: str
     value: str

@@ -68,40 +68,61 @@
   };
 
   // Description of a position in words.
-  const describePosition = (index, { rows, columns, known }) => {
+  const describePosition = (index, { rows, columns, known }, box) => {
+    if (box) {
+      const [x, y] = [(box[0] + box[2]) / 2, (box[1] + box[3]) / 2].map((part) => `${Math.round(100 * part)}\u00a0%`);
+      return `at ${x} of the width and ${y} of the height`;
+    }
     if (look.target === "audio") return `at ${Math.round((100 * (index + 0.5)) / columns)}\u00a0% of its duration`;
     if (!known) return `at token ${index + 1} of ${columns}`;
     return `in row ${Math.floor(index / columns) + 1} of ${rows}, column ${(index % columns) + 1} of ${columns}`;
   };
 
   const draw = (values, whole) => {
-    const top = Math.max(...targets.map((place) => values[place]), 0);
+    const drawn = scenes.flatMap(({ places }) => places);
+    const top = Math.max(...drawn.map((place) => values[place]), 0);
     let description = `No attention goes to the ${look.target}.`;
-    scenes.forEach(({ canvas, grid, places }, number) => {
+    const name = (number) => (scenes.length > 1 ? scenes[number].title || `image ${number + 1}` : `the ${look.target}`);
+    scenes.forEach(({ canvas, grid, places, boxes }, number) => {
       const figures = places.map((place) => values[place]);
       const context = canvas.getContext("2d");
-      const image = context.createImageData(grid.columns, grid.rows);
       const covers = canvas.classList.contains("strip");
-      figures.forEach((figure, i) => {
+      const colors = figures.map((figure) => {
         const value = top ? (weak.checked ? Math.sqrt(figure / top) : figure / top) : 0;
-        const alpha = covers ? 255 : Math.round(255 * (0.3 + 0.5 * value));
-        image.data.set([...shade(value), alpha], 4 * i);
+        return [...shade(value), covers ? 255 : Math.round(255 * (0.3 + 0.5 * value))];
       });
+      const image = context.createImageData(canvas.width, canvas.height);
+      if (boxes?.length) {
+        boxes.forEach((box, i) => {
+          const [left, right] = [box[0], box[2]].map((edge) => Math.round(edge * canvas.width));
+          const [upper, lower] = [box[1], box[3]].map((edge) => Math.round(edge * canvas.height));
+          for (let y = upper; y < lower; y++) {
+            for (let x = left; x < right; x++) image.data.set(colors[i], 4 * (y * canvas.width + x));
+          }
+        });
+      } else {
+        colors.forEach((color, i) => image.data.set(color, 4 * i));
+      }
       context.putImageData(image, 0, 0);
-      const name = scenes.length > 1 ? `image ${number + 1}` : `the ${look.target}`;
       const brightest = figures.indexOf(top);
       let own = top ? "" : description;
       if (top && brightest >= 0) {
-        const where = scenes.length > 1 ? `${name}, ` : "";
-        own = `The maximum is ${where}${describePosition(brightest, grid)}: ${percent(top)}.`;
+        const where = scenes.length > 1 ? `${name(number)}, ` : "";
+        own = `The maximum is ${where}${describePosition(brightest, grid, boxes?.[brightest])}: ${percent(top)}.`;
         description = own;
       }
-      canvas.setAttribute("aria-label", `Attention of ${whole} over ${name}. ${own}`.trim());
+      canvas.setAttribute("aria-label", `Attention of ${whole} over ${name(number)}. ${own}`.trim());
     });
     get("high").textContent = `${percent(top)} per token`;
     if (scenes.length > 1) {
-      const parts = scenes.map(({ places }, number) => `image ${number + 1} ${percent(part(values, places))}`);
-      description += ` By image: ${parts.join(", ")}.`;
+      const parts = scenes.map(({ places }, number) => `${name(number)} ${percent(part(values, places))}`);
+      description += ` By map: ${parts.join(", ")}.`;
+    }
+    for (const [places, what] of [
+      [look.unplaced ?? [], "of the image that cover no single region"],
+      [look.separators ?? [], "of text between the tiles"],
+    ]) {
+      if (places.length) description += ` Tokens ${what} (${places.length}): ${percent(part(values, places))}.`;
     }
     return description;
   };
@@ -178,8 +199,17 @@
       canvas.hidden = !over.checked;
     }
   };
-  for (const { canvas, cover: box, frame } of scenes) {
+  for (const { canvas, cover: box, frame, boxes } of scenes) {
     canvas.hidden = false;
+    if (boxes?.length) {
+      const picture = box.querySelector("img");
+      const size = () => {
+        [canvas.width, canvas.height] = [picture.naturalWidth, picture.naturalHeight];
+        box.closest(".frames").classList.toggle("wide", canvas.width > canvas.height);
+      };
+      if (picture.complete) size();
+      else picture.addEventListener("load", () => (size(), show()));
+    }
     if (!box || !over) continue;
     const [left, upper, right, lower] = frame.map((edge) => 100 * edge);
     Object.assign(canvas.style, { left: `${left}%`, top: `${upper}%`, width: `${right - left}%`, height: `${lower - upper}%` });
