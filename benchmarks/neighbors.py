@@ -15,7 +15,6 @@ import time
 import torch
 
 from equipoise.diagnostics import auroc
-from equipoise.reliability import training_distance
 from equipoise.reliability.training_distance import TrainingDistance, TrainingFeatures
 
 
@@ -42,8 +41,7 @@ def main() -> None:
     rows = []
     # The smallest first: the peak memory of a process does not shrink.
     for most in sorted(options.prototypes, key=lambda value: value or options.samples):
-        training_distance.MOST_REFERENCES = most or options.samples
-        parts = TrainingFeatures(torch.Generator().manual_seed(0))
+        parts = TrainingFeatures(torch.Generator().manual_seed(0), most or options.samples)
         stream = torch.Generator().manual_seed(2)
         start = time.process_time()
         for _ in range(0, options.samples, 10_000):

@@ -78,7 +78,7 @@ def measure(folder: Path, options: argparse.Namespace, only: str | None = None) 
         split_batches(source, split, most)
         for split, most in (("train", 10**9), ("val", options.most_val), ("test", options.most_test))
     )
-    given = {"distance": options.distance, "form": options.form}
+    given: dict[str, Any] = {"distance": options.distance, "form": options.form, "prototypes": options.prototypes}
     if options.corruptions:
         given["corruptions"] = options.corruptions.split(",")
     kinds = {name: corruptions.infer_kind(test[0][name]) for name in model.names}
@@ -144,6 +144,7 @@ def main() -> None:
     parser.add_argument("--severities", type=int, nargs="+", default=[3, 5])
     parser.add_argument("--distance", default="knn")
     parser.add_argument("--form", default="marginal")
+    parser.add_argument("--prototypes", type=int, default=100_000)
     parser.add_argument(
         "--corruptions", default=None, help="calibrates with these alone, in place of the other families"
     )

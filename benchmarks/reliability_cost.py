@@ -44,6 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--prototypes", type=int, default=100_000, help="of the distance to the training data")
     options = parser.parse_args()
     torch.set_num_threads(1)
     print("| modalities | subsets | fusion | marginal | conformal |")
@@ -61,7 +62,9 @@ def main() -> None:
             model = eq.FusionModel(encoders, fusion(64), CLASSES).eval()
             ratios = {}
             for form in ("marginal", "conformal"):
-                reliable = eq.Reliability.fit(model, train, [batch(names, 100, 101)], form=form)
+                reliable = eq.Reliability.fit(
+                    model, train, [batch(names, 100, 101)], form=form, prototypes=options.prototypes
+                )
                 times = [ratio(model, reliable, inputs) for _ in range(options.rounds)]
                 ratios[form] = statistics.median(times)
             print(

@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     given = argparse.Namespace(
-        **vars(options), data=None, distance="knn", form="marginal", corruptions=None, cost=False
+        **vars(options), data=None, distance="knn", form="marginal", prototypes=100_000, corruptions=None, cost=False
     )
     files = []
     for name in options.sets:

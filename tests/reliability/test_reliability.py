@@ -404,6 +404,8 @@ def test_errors():
         eq.Reliability(net, distance="cosine")
     with pytest.raises(ConfigError, match="known form, got 'hard'"):
         eq.Reliability(net, form="hard")
+    with pytest.raises(ConfigError, match="prototypes >= 5, got prototypes = 4"):
+        fit_reliability(net, prototypes=4)
     with pytest.raises(ConfigError, match="0 < alpha < 1, got alpha = 0"):
         eq.Reliability(net, alpha=0)
     with pytest.raises(ConfigError, match="expected a FusionModel"):

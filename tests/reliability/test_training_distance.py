@@ -7,12 +7,12 @@ import equipoise as eq
 from equipoise.errors import ShapeError
 from equipoise.reliability import training_distance
 from equipoise.reliability.feature_statistics import input_features, token_features
-from equipoise.reliability.training_distance import TrainingDistance, TrainingFeatures
+from equipoise.reliability.training_distance import PROTOTYPES, TrainingDistance, TrainingFeatures
 from helpers.tolerance import TOL
 
 
-def collect_features(rows, *, seed=0, parts=3):
-    result = TrainingFeatures(torch.Generator().manual_seed(seed))
+def collect_features(rows, *, seed=0, parts=3, most=PROTOTYPES):
+    result = TrainingFeatures(torch.Generator().manual_seed(seed), most)
     for part in rows.chunk(parts):
         result.add(part)
     return result
@@ -63,17 +63,16 @@ def test_mahalanobis_distance_uses_the_shrunk_covariance():
     assert torch.allclose(fit_distances(rows, covariance=True)(rows).exp(), expected, **TOL[torch.float64])
 
 
-def test_prototypes_are_sampled_and_statistics_use_all_rows(monkeypatch):
-    monkeypatch.setattr(training_distance, "MOST_REFERENCES", 50)
+def test_prototypes_are_sampled_and_statistics_use_all_rows():
     rows = torch.arange(1000.0)[:, None]
-    kept, mean, std = collect_features(rows, parts=37).result()
+    kept, mean, std = collect_features(rows, parts=37, most=50).result()
     assert len(kept) == 50
     assert torch.equal(kept, kept.sort(dim=0).values)
     assert 300 < float(kept.mean()) < 700
     assert mean.tolist() == [499.5]
     assert float(std) == pytest.approx(float(rows.std(correction=0)), rel=1e-6)
-    assert torch.equal(collect_features(rows, parts=37).result()[0], kept)
-    assert not torch.equal(collect_features(rows, parts=37, seed=1).result()[0], kept)
+    assert torch.equal(collect_features(rows, parts=37, most=50).result()[0], kept)
+    assert not torch.equal(collect_features(rows, parts=37, seed=1, most=50).result()[0], kept)
 
 
 def test_non_finite_features_have_infinite_distance():

@@ -108,6 +108,8 @@ def test_reliability_is_a_suffix():
         ConfigError, match=r"'joint\+reliability': .*got distance = 'cosine'\. It has to be one of 'knn'"
     ):
         build_method("joint+reliability", recipe(balancers={"reliability": {"distance": "cosine"}}))
+    with pytest.raises(ConfigError, match=r"prototypes >= 5, got prototypes = 1\.5"):
+        build_method("joint+reliability", recipe(balancers={"reliability": {"prototypes": 1.5}}))
     with pytest.raises(ConfigError, match="known option of Reliability, got 'distanse'"):
         build_method("joint+reliability", recipe(balancers={"reliability": {"distanse": "knn"}}))
 

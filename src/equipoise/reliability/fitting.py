@@ -25,10 +25,10 @@ Batches = Iterable[Mapping[str, Any]]
 
 
 def measure_training(
-    reliable: Any, train: Batches, device: torch.device, random: torch.Generator
+    reliable: Any, train: Batches, device: torch.device, random: torch.Generator, prototypes: int
 ) -> InputMoments:  # fmt: skip
     """Fits the distances of the modalities, and returns statistics of the inputs and targets."""
-    features = {name: TrainingFeatures(random) for name in reliable.names}
+    features = {name: TrainingFeatures(random, prototypes) for name in reliable.names}
     moments = InputMoments(reliable.names)
     for batch in train:
         batch = _checked(batch, device, "Reliability.fit train")

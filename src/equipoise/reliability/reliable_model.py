@@ -27,8 +27,8 @@ from .fitting import calibrate, measure_training
 from .given_reliability import replace_reliability
 from .masked_tokens import finite_tokens, mask_unusable
 from .saved_state import read_state, write_state
-from .training_distance import TrainingDistance
-from .wrapper_options import DISTANCES, FORMS, DistanceName, Form, check_options
+from .training_distance import PROTOTYPES, TrainingDistance
+from .wrapper_options import DISTANCES, FORMS, DistanceName, Form, check_options, check_prototypes
 
 Batches = Iterable[Mapping[str, Any]]
 WHO = "Reliability"
@@ -131,7 +131,7 @@ class Reliability(HubMethods, nn.Module):
     def fit(
         cls, model: nn.Module, train: Batches, val: Batches, *, distance: DistanceName = "knn", form: Form = "marginal",
         alpha: float = 0.02, corruptions: Sequence[str] | None = None, kinds: Mapping[str, InputKind] | None = None,
-        seed: int = 0,
+        prototypes: int = PROTOTYPES, seed: int = 0,
     ) -> Reliability:  # fmt: skip
         """Fits reliability on training and validation data; iterates over each once, in evaluation mode.
 
@@ -143,16 +143,19 @@ class Reliability(HubMethods, nn.Module):
             corruptions: names of ``equipoise.diagnostics.corruptions`` with which validation data are damaged; by
                 default all that fit the inputs, except ``missing``.
             kinds: modality -> kind of input, where the shape does not determine it (spectrograms).
-            seed: of the damage, and of the choice of training samples above 100,000.
+            prototypes: number of training samples among which the nearest are searched, at random if there are more.
+                A prediction with 500 is faster than with thousands; see the costs on the page of benchmarks.
+            seed: of the damage, and of the choice of prototypes.
 
         Returns:
             The wrapper, in evaluation mode, as the model is then.
 
         Raises:
             ShapeError: no batch, a batch without target, or a modality without samples.
-            ConfigError: see the class; an unknown corruption, modality or kind of input.
+            ConfigError: see the class; an unknown corruption, modality or kind of input; fewer than five prototypes.
         """
         chosen = check_calibration_corruptions(corruptions)
+        check_prototypes(prototypes, "Reliability.fit")
         reliable = cls(model, distance=distance, form=form, alpha=alpha)
         for name, kind in (kinds or {}).items():
             if name not in reliable.names:
@@ -161,7 +164,7 @@ class Reliability(HubMethods, nn.Module):
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
         reliable.to(device).eval()
         with eval_mode_no_grad(model):
-            moments = measure_training(reliable, train, device, torch.Generator().manual_seed(seed))
+            moments = measure_training(reliable, train, device, torch.Generator().manual_seed(seed), prototypes)
             calibrate(reliable, val, device, seed + 1, moments, chosen, kinds or {})
         reliable.settings[2] = 1
         reliable._read_settings()

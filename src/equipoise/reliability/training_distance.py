@@ -13,8 +13,8 @@ NEIGHBORS = 5
 """Number of nearest training samples, k."""
 CANDIDATES = 15
 """Number of training samples in a block whose distances are computed exactly."""
-MOST_REFERENCES = 100_000
-"""Above this number of training samples, a random subset of them serves as prototypes."""
+PROTOTYPES = 100_000
+"""Default of the number of training samples above which a random subset of them serves as prototypes."""
 BLOCK = 16_384
 """Number of training samples that are compared at a time."""
 SHRINKAGE = 0.1
@@ -24,14 +24,15 @@ SMALLEST = 1e-6
 
 
 class TrainingFeatures:
-    """Collects the features of the training samples in batches; keeps at most ``MOST_REFERENCES`` rows of them.
+    """Collects the features of the training samples in batches, and keeps some rows of them.
 
     Args:
         random: generator that selects the rows that are kept.
+        most: largest number of rows that are kept.
     """
 
-    def __init__(self, random: torch.Generator) -> None:
-        self._random = random
+    def __init__(self, random: torch.Generator, most: int = PROTOTYPES) -> None:
+        self._random, self._most = random, most
         self._rows: list[Tensor] = []
         self._keys: list[Tensor] = []
         self._kept = self.count = 0
@@ -49,14 +50,14 @@ class TrainingFeatures:
         self._rows.append(rows)
         self._keys.append(torch.rand(len(rows), generator=self._random, dtype=torch.float64))
         self._kept += len(rows)
-        if self._kept > 2 * MOST_REFERENCES:
+        if self._kept > 2 * self._most:
             self._reduce()
 
     def _reduce(self) -> None:
         rows, keys = torch.cat(self._rows), torch.cat(self._keys)
-        if len(rows) > MOST_REFERENCES:
+        if len(rows) > self._most:
             # The smallest of independent uniform numbers select a uniform random subset, in the order of the samples.
-            indices = keys.argsort()[:MOST_REFERENCES].sort().values
+            indices = keys.argsort()[: self._most].sort().values
             rows, keys = rows[indices], keys[indices]
         self._rows, self._keys, self._kept = [rows], [keys], len(rows)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from ..errors import ConfigError, unknown_name
+from .training_distance import NEIGHBORS
 
 DistanceName = Literal["knn", "mahalanobis", "energy", "input"]
 Form = Literal["marginal", "conformal"]
@@ -28,3 +29,9 @@ def check_options(distance: Any, form: Any, alpha: Any, task: str, who: str) -> 
             who, expected="another distance for a regression, which has no energy", got="distance='energy'",
             fix="Choose 'knn', 'mahalanobis' or 'input'.",
         )  # fmt: skip
+
+
+def check_prototypes(prototypes: Any, who: str) -> None:
+    """Raises ConfigError unless the number of prototypes is a whole number of at least ``NEIGHBORS``."""
+    if isinstance(prototypes, bool) or not isinstance(prototypes, int) or prototypes < NEIGHBORS:
+        raise ConfigError(who, expected=f"prototypes >= {NEIGHBORS}", got=f"prototypes = {prototypes!r}")

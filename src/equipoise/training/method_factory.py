@@ -21,6 +21,8 @@ from ..models.fusion_model import FusionModel
 from ..models.self_contained import SelfContainedModel
 from ..reliability import Reliability
 from ..reliability.damaged_validation import check_calibration_corruptions
+from ..reliability.training_distance import PROTOTYPES
+from ..reliability.wrapper_options import check_prototypes
 from ..results.task_metrics import select_metrics
 from .left_out import check_tested, is_corruption, without_left_out
 from .recipes import Recipe
@@ -173,7 +175,7 @@ def wrap_reliability(model: FusionModel, method: Method, recipe: Recipe) -> Reli
     """Returns the wrapper of a method with ``+reliability``, before it is fitted.
 
     Its options are those of the recipe under ``balancers: {reliability: ...}``: ``distance``, ``form`` and
-    ``alpha``, and those of the calibration, ``corruptions`` and ``kinds``.
+    ``alpha``, and those of ``Reliability.fit``, ``corruptions``, ``kinds`` and ``prototypes``.
 
     Raises:
         ConfigError: unknown option or value.
@@ -184,6 +186,7 @@ def wrap_reliability(model: FusionModel, method: Method, recipe: Recipe) -> Reli
     if not isinstance(corruptions, list | None):
         raise ConfigError(who, expected="a list of corruptions for reliability", got=repr(corruptions))
     check_calibration_corruptions(corruptions)
+    check_prototypes(options.pop("prototypes", PROTOTYPES), who)
     if not matches_type(options.pop("kinds", {}), dict[str, str]):
         raise ConfigError(who, expected="kinds of reliability as modality -> kind", got=shorten_repr(recipe.balancers))
     return instantiate(Reliability, who, options, model=model)
