@@ -2,10 +2,12 @@
 
     python benchmarks/evaluate.py                           # a minute
     python benchmarks/evaluate.py --width 512 --layers 8 --rounds 1
+    python benchmarks/evaluate.py --choice_tokens 3
 
 A LLaVA with random weights (2 vision layers for 256 patches, by default 4 language layers of width 256), and
-24 questions with four choices of one token and an image of 224 x 224 each. ``plain`` is the loop without this library:
-processor, one forward pass and the logits of the choices for each question. ``given`` is ``evaluate_questions`` with
+24 questions with four choices of one token (or ``--choice_tokens``) and an image of 224 x 224 each. ``plain`` is the
+loop without this library: processor, one forward pass for each question (or for each choice of several tokens) and the
+log-likelihoods of the choices. ``given`` is ``evaluate_questions`` with
 conditions=("given",), which also records the share of attention, ``five`` is the default, and ``five, batches`` runs 4
 questions in one forward pass. CPU time of one thread; the variants alternate within each round, medians over rounds.
 Memory is the peak allocated memory without weights. Replies of both batch sizes are compared.
@@ -52,26 +54,39 @@ def model_and_processor(width: int, layers: int) -> tuple[Any, Any]:
     return hf.LlavaForConditionalGeneration(config).eval(), processor
 
 
-def samples(count: int) -> list[dict[str, Any]]:
+def samples(count: int, tokens: int) -> list[dict[str, Any]]:
     random = np.random.default_rng(0)
+    choices = [" ".join([*["the"] * (tokens - 1), color]) for color in COLORS]
     return [
         {
             "image": Image.fromarray(random.integers(256, size=(224, 224, 3), dtype=np.uint8)),
             "question": " ".join(["which color has the", *["thing in this"] * (1 + index % 3)]),
-            "choices": list(COLORS), "answer": COLORS[index % 4],
+            "choices": choices, "answer": choices[index % 4],
         } for index in range(count)
     ]  # fmt: skip
 
 
 @torch.no_grad()
 def plain(model: Any, processor: Any, rows: list[dict[str, Any]]) -> list[str]:
-    ids = torch.tensor([WORDS.index(color) for color in COLORS])
     replies = []
     for row in rows:
-        inputs = processor(text=[f"<image>\n{row['question']}"], images=[row["image"]], return_tensors="pt")
-        logits = model(**inputs).logits[0, -1].log_softmax(dim=-1)
-        replies.append(COLORS[int(logits[ids].argmax())])
+        prompt = f"<image>\n{row['question']}"
+        inputs = processor(text=[prompt], images=[row["image"]], return_tensors="pt")
+        answers = [torch.tensor([[WORDS.index(word) for word in choice.split()]]) for choice in row["choices"]]
+        if answers[0].shape[1] == 1:
+            logits = model(**inputs).logits[0, -1].log_softmax(dim=-1)
+            values = [float(logits[ids[0, 0]]) for ids in answers]
+        else:
+            values = [likelihood(model, inputs, ids) for ids in answers]
+        replies.append(row["choices"][max(range(len(values)), key=values.__getitem__)])
     return replies
+
+
+def likelihood(model: Any, inputs: dict[str, Any], answer: torch.Tensor) -> float:
+    ids = torch.cat([inputs["input_ids"], answer], dim=1)
+    logits = model(**{**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}).logits
+    likely = logits[0, -answer.shape[1] - 1 : -1].log_softmax(dim=-1).gather(1, answer.T)
+    return float(likely.double().mean())
 
 
 def peak(call: Any) -> float:
@@ -83,13 +98,13 @@ def peak(call: Any) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, value in (("width", 256), ("layers", 4), ("questions", 24), ("rounds", 2)):
+    for name, value in (("width", 256), ("layers", 4), ("questions", 24), ("rounds", 2), ("choice_tokens", 1)):
         parser.add_argument(f"--{name}", type=int, default=value)
     options = parser.parse_args()
     torch.set_num_threads(1)
     hf.logging.set_verbosity_error()
     model, processor = model_and_processor(options.width, options.layers)
-    rows = samples(options.questions)
+    rows = samples(options.questions, options.choice_tokens)
     variants = {
         "plain": lambda: plain(model, processor, rows),
         "given": lambda: evaluate_questions(model, processor, rows, conditions=("given",)),

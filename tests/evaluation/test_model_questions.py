@@ -222,7 +222,8 @@ def test_batches_give_the_results_of_single_questions(trained_models, kind):
     assert one.failed == many.failed == 0
     assert one.replies == many.replies
     assert one.extra["attention_share"] == pytest.approx(many.extra["attention_share"], abs=1e-5)
-    assert passes[1] < passes[0] / 2
+    # Five choices of several tokens take five passes after that of the question, or two in batches.
+    assert passes[1] < passes[0] * (0.6 if kind == "several tokens" else 0.5)
 
 
 def test_failed_batch_is_repeated_one_by_one(trained_models):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from .feature_cache import FeatureCache
 from .media_conditions import STEER
 from .question_batches import equal_groups, join_inputs, layout
 from .question_set import MediaQuestion
+from .shared_prompts import ScoredAnswers, SharedPrompts, score_answers
 
 FIELD = {"image": "images", "audio": "audio"}
 SAMPLE_ERRORS = (RuntimeError, ValueError, TypeError, IndexError, KeyError, OSError)
@@ -90,6 +91,7 @@ class AskedModel:
         self._beta = 0.0
         self._choices: dict[str, Tensor] = {}
         self._labels, self.features = ConfirmedLabels(model), FeatureCache(model)
+        self._prompts = SharedPrompts(model)
 
     def replies(self, calls: list[Call]) -> list[Reply]:
         """Answers questions under one condition; if a batch fails, each question on its own."""
@@ -145,9 +147,50 @@ class AskedModel:
     def _most_likely(
         self, calls: list[Call], inputs: list[Inputs], kinds: list[str], hidden: list[str]
     ) -> list[Answer]:  # fmt: skip
-        rows = [row for index, one in enumerate(calls) for row in self._rows(index, inputs[index], one.question)]
-        scores = [[0.0] * len(one.question.choices) for one in calls]
-        shares: list[float | None] = [None] * len(calls)
+        answers = [[self._choice_tokens(text, one.question) for text in one.question.choices] for one in calls]
+        shareable = [self._shareable_kind(*pair, hidden) for pair in zip(inputs, answers, strict=True)]
+        results = [
+            None if kind is None else self._with_shared_prompt(one, some, kinds, hidden)
+            for kind, one, some in zip(shareable, inputs, answers, strict=True)
+        ]
+        rest = [n for n, one in enumerate(results) if one is None or not self._prompts.is_trusted(shareable[n])]
+        for n, complete in zip(rest, self._scored(rest, inputs, answers, kinds, hidden), strict=True):
+            if shareable[n] is not None:
+                self._prompts.check(shareable[n], results[n], complete)
+            results[n] = complete
+        replies = []
+        for one, (values, share) in zip(calls, cast(list[ScoredAnswers], results), strict=True):
+            if any(value != value for value in values):
+                raise ValueError("the log-likelihood of a choice is NaN")
+            best = max(range(len(values)), key=values.__getitem__)
+            replies.append(Answer(one.question.choices[best], share, values[one.question.target or 0]))
+        return replies
+
+    def _shareable_kind(self, inputs: Inputs, answers: list[Tensor], hidden: list[str]) -> Hashable:
+        """Returns the kind of inputs whose prompt may be shared by all answers; None if it is not."""
+        kind = (layout(inputs), bool(hidden), self._beta != 0)
+        several = any(ids.shape[1] > 1 for ids in answers)
+        return kind if several and self._prompts.may_share(kind) else None
+
+    def _with_shared_prompt(
+        self, inputs: Inputs, answers: list[Tensor], kinds: list[str], hidden: list[str]
+    ) -> ScoredAnswers | None:
+        # Interventions label the keys of one sample after another.
+        size = 1 if hidden or self._beta else self.batch_size
+        try:
+            with self._attention(inputs, [inputs[self.ids].shape[1] - 1], kinds, hidden) as record:
+                values = score_answers(self.model, inputs, answers, size)
+        except (*SAMPLE_ERRORS, AttributeError, NotImplementedError):
+            return None
+        return ScoredAnswers(values, _share(record, kinds, 0))
+
+    def _scored(
+        self, chosen: list[int], inputs: list[Inputs], answers: list[list[Tensor]], kinds: list[str], hidden: list[str]
+    ) -> list[ScoredAnswers]:
+        """Scores the answers to some of the calls, each choice of several tokens in a row of its own."""
+        rows = [row for index in chosen for row in self._rows(index, inputs[index], answers[index])]
+        scores = {index: [0.0] * len(answers[index]) for index in chosen}
+        shares: dict[int, float | None] = {}
         for group in equal_groups([layout(row.inputs) for row in rows], self.batch_size):
             some = [rows[index] for index in group]
             batch = join_inputs([row.inputs for row in some], self._padding)
@@ -160,16 +203,9 @@ class AskedModel:
                     likely = logits[place, row.start : row.start + count].float().log_softmax(dim=-1)
                     value = likely.gather(1, answer[0, :, None].to(likely.device)).double().mean()
                     scores[row.call][choice] = float(value)
-        if any(value != value for one in scores for value in one):
-            raise ValueError("the log-likelihood of a choice is NaN")
-        best = [max(range(len(values)), key=values.__getitem__) for values in scores]
-        return [
-            Answer(one.question.choices[chosen], share, values[one.question.target or 0])
-            for one, chosen, share, values in zip(calls, best, shares, scores, strict=True)
-        ]
+        return [ScoredAnswers(scores[index], shares[index]) for index in chosen]
 
-    def _rows(self, index: int, inputs: Inputs, question: MediaQuestion) -> list[ScoredRow]:
-        answers = [self._choice_tokens(text, question) for text in question.choices]
+    def _rows(self, index: int, inputs: Inputs, answers: list[Tensor]) -> list[ScoredRow]:
         start = inputs[self.ids].shape[1] - 1
         if all(ids.shape[1] == 1 for ids in answers):
             # One row without an answer has the likelihoods of all choices.
