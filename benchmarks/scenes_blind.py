@@ -12,27 +12,16 @@ The table compares this with the measured fraction and its 95 % interval (Wilson
 from __future__ import annotations
 
 import argparse
-import math
 from pathlib import Path
 
 import torch
 
 import equipoise as eq
+from equipoise.evaluation.minimal_pair_scores import wilson_interval
 from equipoise.training.recipes import load_recipe
 from equipoise.training.run import load_run_dataset
 
 ANSWERS = {"color": 6, "object": 8, "existence": 2, "state": 2, "count": 4, "relation": 8}
-
-
-def wilson(successes: int, count: int, z: float = 1.96) -> tuple[float, float]:
-    """Returns the 95 % interval of a proportion.
-
-    >>> [round(value, 3) for value in wilson(50, 100)]
-    [0.404, 0.596]
-    """
-    rate, square = successes / count, z * z / count
-    center, half = rate + square / 2, z * math.sqrt(rate * (1 - rate) / count + square / (4 * count))
-    return (center - half) / (1 + square), (center + half) / (1 + square)
 
 
 def main() -> None:
@@ -70,7 +59,7 @@ def main() -> None:
         rows = [number for number, sample in enumerate(samples) if sample["category"] == kind]
         correct = int(given[rows].sum())
         count = int((given & ~other)[rows].sum())
-        low, high = wilson(count, correct)
+        low, high = wilson_interval(count / correct, correct)
         expected = 1 - 1 / ANSWERS[kind]
         print(
             f"| {kind} | {len(rows)} | {100 * row['given']:.1f} | {100 * row['other']:.1f} | "

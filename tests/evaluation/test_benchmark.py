@@ -6,9 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import transformers as hf
 from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn.functional import adaptive_avg_pool2d
 
 import equipoise as eq
@@ -29,6 +27,7 @@ from equipoise.inspection.patch_layout import PatchGrid
 from equipoise.results import result_rows
 from helpers import look as small_look
 from helpers import published as small_published
+from helpers.published_vlm import build_vlm
 from helpers.tolerance import TOL
 
 
@@ -124,35 +123,6 @@ def test_parts_of_combinations_are_separate_captions(emoji):
             own, (0, result.parts.shape[2] - own.shape[1]))[0, : own.shape[1]])  # fmt: skip
 
 
-def build_vlm(seed=0):
-    """A tiny LLaVA whose tokens are the words of the scenes."""
-    known = dict.fromkeys((*WORDS, "<unk>", "?", ".", "answer", "with", "word", "USER", ":"))
-    inner = Tokenizer(models.WordLevel({word: index for index, word in enumerate(known)}, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split("?", "isolated")]
-    )
-    tokenizer = hf.PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token="<pad>", eos_token="<end>", unk_token="<unk>",
-        extra_special_tokens={"image_token": "<image>"},
-    )  # fmt: skip
-    text = {**small_look.TEXT, "vocab_size": len(known), "num_hidden_layers": 3}
-    config = hf.LlavaConfig(
-        vision_config=hf.CLIPVisionConfig(**{**small_look.VISION, "image_size": 4 * ROWS, "patch_size": 4}),
-        text_config=hf.LlamaConfig(**text), image_token_id=WORDS.index("<image>"),
-        vision_feature_select_strategy="default", vision_feature_layer=-1,
-    )  # fmt: skip
-    torch.manual_seed(seed)
-    model = small_look.sharpened(hf.LlavaForConditionalGeneration._from_config(config, attn_implementation="eager"))
-    pictures = hf.CLIPImageProcessorPil(
-        size={"shortest_edge": 4 * ROWS}, crop_size={"height": 4 * ROWS, "width": 4 * ROWS}
-    )
-    processor = hf.LlavaProcessor(
-        image_processor=pictures, tokenizer=tokenizer, patch_size=4, num_additional_image_tokens=1,
-        vision_feature_select_strategy="default",
-    )  # fmt: skip
-    return GenerativeVLM(model, processor)
-
-
 def test_pointing_against_explicit_attention(scenes):
     asker = build_vlm()
     sample = next(
@@ -243,7 +213,7 @@ def test_model_state_is_restored(emoji):
 def test_unsupported_models_and_data_raise(scenes, emoji):
     with pytest.raises(ConfigError, match=r"an image and a text encoder.*got LlamaForCausalLM"):
         evaluate(small_look.build_llama(), small_published.Processor(), emoji)
-    with pytest.raises(ConfigError, match="evaluate: expected the data set emoji or scenes, got Digits"):
+    with pytest.raises(ConfigError, match="evaluate: expected the data set emoji, scenes or minimal_pairs, got Digits"):
         evaluate(small_published.clip(), small_published.Processor(), load_dataset("digits"))
     asker = build_vlm()
     with pytest.raises(ConfigError, match="expected samples >= 1, got samples = 0"):

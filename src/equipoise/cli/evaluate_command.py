@@ -18,27 +18,35 @@ EXAMPLES = (
     'equipoise evaluate google/siglip-base-patch16-224 --template "an emoji of {}"',
     "equipoise evaluate llava-hf/llava-1.5-7b-hf --samples 200          generative model: scenes",
     "equipoise evaluate Salesforce/blip2-itm-vit-g --data emoji",
+    "equipoise evaluate openai/clip-vit-base-patch32 --data minimal_pairs      Winoground scores on pairs of scenes",
     "equipoise evaluate models/mine --data questions.jsonl --limit 100  your questions, with and without their images",
 )
 
-BENCHMARKS = ("emoji", "scenes")
+BENCHMARKS = ("emoji", "scenes", "minimal_pairs")
 
 
 def evaluate_parser() -> Parser:
     parser = described(
-        "Evaluates a Hugging Face model on the benchmarks of this library: retrieval of emoji by name, or questions "
-        "about scenes, also with a shuffled and with a blank image; or on your own questions about images or sounds, "
-        "with and without them.", *EXAMPLES,
+        "Evaluates a Hugging Face model on the benchmarks of this library: retrieval of emoji by name, questions "
+        "about scenes, also with a shuffled and with a blank image, or pairs of scenes whose captions have the same "
+        "words; or on your own questions about images or sounds, with and without them.", *EXAMPLES,
     )  # fmt: skip
     parser.add_argument("model", help="model id on the Hugging Face Hub, or a folder written by save_pretrained")
     parser.add_argument(
         "--data", default=None,
-        help="emoji or scenes (by default the one that fits the model); or a csv, jsonl or parquet file with image, "
-        "images or audio, question, answer, and optionally choices and category",
+        help="emoji or scenes (by default the one that fits the model), or minimal_pairs; or a csv, jsonl or parquet "
+        "file with image, images or audio, question, answer, and optionally choices and category",
     )  # fmt: skip
-    parser.add_argument("--level", type=whole, default=2, help="difficulty of scenes: 1, 2 or 3")
+    parser.add_argument(
+        "--level", type=whole, default=2, help="difficulty of scenes: 1, 2 or 3; of minimal_pairs: 2 or 3"
+    )
     parser.add_argument("--split", choices=("val", "test"), default="test")
-    parser.add_argument("--samples", type=whole, default=200, help="number of scenes; each is evaluated three times")
+    parser.add_argument(
+        "--samples",
+        type=whole,
+        default=200,
+        help="number of scenes, each evaluated three times, or of pairs of each kind",
+    )
     parser.add_argument("--template", default="{}", help='caption or prompt template, such as "an emoji of {}"')
     parser.add_argument("--limit", type=whole, default=None, help="own questions: number of leading questions")
     parser.add_argument(
@@ -57,7 +65,12 @@ def evaluate_parser() -> Parser:
         "--steer", type=numbers, default=(), metavar="=-2,-1,1,2",
         help="own questions: numbers added to the attention logits of the media in further passes, for a curve",
     )  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0, help="own questions: of the images of other questions")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="own questions: of the images of other questions; minimal_pairs: of the pairs",
+    )
     parser.add_argument("--device", default=None, help="cpu, cuda, ...; an accelerator if available by default")
     parser.add_argument("--dtype", default=None, help="data type of a generative model; auto by default")
     parser.add_argument("--out", type=path, default=None, help="output folder; runs/evaluate-<name> by default")
@@ -77,6 +90,7 @@ def numbers(text: str) -> tuple[float, ...]:
 def evaluate(options: Namespace) -> int:
     from .. import data
     from ..evaluation import evaluate as evaluate_model
+    from ..evaluation import score_pairs
     from ..evaluation.model_loading import load_for_benchmark, matching_benchmark
     from .console import out
     from .progress_bars import progress_iterator
@@ -88,21 +102,36 @@ def evaluate(options: Namespace) -> int:
     if options.data not in (None, *BENCHMARKS):
         return _evaluate_questions(options, name, folder)
     benchmark = options.data or matching_benchmark(options.model)
-    source = data.load_dataset(benchmark, **({"level": options.level} if benchmark == "scenes" else {}))
+    settings = {"emoji": {}, "scenes": {"level": options.level}, "minimal_pairs": {
+        "level": options.level, "pairs": options.samples, "seed": options.seed}}[benchmark]  # fmt: skip
+    source = data.load_dataset(benchmark, **settings)
     with out.status("loading the model"):
         loaded = load_for_benchmark(benchmark, options.model, dtype=options.dtype, device=options.device)
+    scored = None
     with progress_iterator("evaluating", out) as step:
-        metrics = evaluate_model(
-            *loaded, source, split=options.split, samples=options.samples, template=options.template, progress=step
-        )
+        if benchmark == "minimal_pairs":
+            scored = score_pairs(*loaded, source, split=options.split, template=options.template, progress=step)  # pyright: ignore[reportArgumentType]
+            metrics = scored.metrics()
+        else:
+            metrics = evaluate_model(
+                *loaded, source, split=options.split, samples=options.samples, template=options.template, progress=step
+            )
     run: result_rows.RunResult = {"method": name, "seed": 0, "fold": None, "metrics": dict(metrics)}
+    if scored is not None:
+        run["intervals"] = scored.intervals()
     protocol = {
         "recipe": f"evaluate {benchmark}", "data": benchmark, "split": options.split, "methods": [name],
-        "score": "recall@1" if benchmark == "emoji" else "accuracy",
-        **({"template": options.template} if benchmark == "emoji" else {"samples": options.samples}),
+        "score": {"emoji": "recall@1", "scenes": "accuracy", "minimal_pairs": "group"}[benchmark],
+        **({"template": options.template} if benchmark != "scenes" else {}),
+        **({"samples": options.samples} if benchmark != "emoji" else {}),
+        **(settings if benchmark == "minimal_pairs" else {}),
     }  # fmt: skip
     path = result_rows.write_results(folder / "results.json", result_rows.build_results([run], protocol))
-    out.print(_table(metrics))
+    if scored is None:
+        out.print(_table(metrics))
+    else:
+        out.print(scored.table(), soft_wrap=True, highlight=False, markup=False)
+        out.print(f"pairs: {scored.save(folder)}", soft_wrap=True, highlight=False, markup=False)
     out.print(f"results: {path}", soft_wrap=True, highlight=False)
     return 0
 

@@ -84,11 +84,21 @@ class PretrainedDualEncoder(nn.Module):
         return model.text_projection(output.last_hidden_state[:, 0])
 
 
-class ProcessedDataset:
-    """The ``emoji`` data set preprocessed by a Hugging Face processor, for ``evaluate_dual_encoder``.
+def wrap_dual_encoder(model: Any, processor: Any) -> tuple[PretrainedDualEncoder, bool]:
+    """Wraps a two-tower model; also returns whether it is a SigLIP, whose captions are padded to the limit."""
+    siglip = "siglip" in str(getattr(model.config, "model_type", ""))
+    tokenizer = getattr(processor, "tokenizer", processor)
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else -1
+    encoder = PretrainedDualEncoder(
+        model, padding=padding, use_attention_mask=not siglip, pad_is_eos=padding == tokenizer.eos_token_id
+    )
+    return encoder, siglip
+
+
+class CaptionTokenizer:
+    """Tokenizes captions to ids (text, token), padded on the right and truncated to the tokenizer's limit.
 
     Args:
-        source: the ``emoji`` data set.
         processor: processor of the model.
         template: caption template; ``"{}"`` keeps captions unchanged.
         pad_to_limit: pad captions to the tokenizer's limit, as in SigLIP's training.
@@ -97,16 +107,40 @@ class ProcessedDataset:
         ConfigError: a template without ``{}``.
     """
 
-    def __init__(self, source: Emoji, processor: Any, *, template: str = "{}", pad_to_limit: bool = False) -> None:
+    def __init__(self, processor: Any, *, template: str = "{}", pad_to_limit: bool = False) -> None:
         if "{}" not in template:
             raise ConfigError(
                 "evaluate template", expected="a text with {} in place of the caption", got=repr(template)
             )  # fmt: skip
-        self._source, self._processor, self._template = source, processor, template
+        self._template, self._pad_to_limit = template, pad_to_limit
         self._tokenizer = getattr(processor, "tokenizer", processor)
         limit = int(getattr(self._tokenizer, "model_max_length", LONGEST))
         self._limit = limit if 0 < limit <= 512 else LONGEST
-        self._pad_to_limit = pad_to_limit
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        encoded = self._tokenizer(
+            [self._template.replace("{}", text) for text in texts],
+            padding="max_length" if self._pad_to_limit else True,
+            truncation=True, max_length=self._limit, return_tensors="pt",
+        )  # fmt: skip
+        return encoded["input_ids"]
+
+
+class ProcessedDataset:
+    """The ``emoji`` data set preprocessed by a Hugging Face processor, for ``evaluate_dual_encoder``.
+
+    Args:
+        source: the ``emoji`` data set.
+        processor: processor of the model.
+        template, pad_to_limit: as in ``CaptionTokenizer``.
+
+    Raises:
+        ConfigError: a template without ``{}``.
+    """
+
+    def __init__(self, source: Emoji, processor: Any, *, template: str = "{}", pad_to_limit: bool = False) -> None:
+        self._source, self._processor = source, processor
+        self.tokenize = CaptionTokenizer(processor, template=template, pad_to_limit=pad_to_limit)
         self._index = {item: index for index, item in enumerate(source.items)}
 
     def split(self, name: str) -> SimpleNamespace:
@@ -125,15 +159,6 @@ class ProcessedDataset:
             ]
             pixels = self._processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
             yield {"image": pixels, "text": captions[rows], "target": target[rows]}
-
-    def tokenize(self, texts: Sequence[str]) -> Tensor:
-        """Tokenizes texts to ids (text, token), padded on the right and truncated to the tokenizer's limit."""
-        encoded = self._tokenizer(
-            [self._template.replace("{}", text) for text in texts],
-            padding="max_length" if self._pad_to_limit else True,
-            truncation=True, max_length=self._limit, return_tensors="pt",
-        )  # fmt: skip
-        return encoded["input_ids"]
 
     def combinations(self, split: str) -> Combinations:
         """The combinations of ``emoji``, with parts tokenized by this tokenizer."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from ..data import Dataset
 from ..data.sets.scene_questions import NUMBERS
 from ..data.sets.scenes import IGNORED, Scenes
 from ..inspection.prompt_inputs import PreparedPrompt, prepare_prompt, tokenizer_of
@@ -66,7 +67,7 @@ def pretrained_answers(
         progress()
 
 
-def to_pil_image(source: Scenes, split: str, index: int) -> Image.Image:
+def to_pil_image(source: Dataset, split: str, index: int) -> Image.Image:
     """Returns the enlarged image of a sample, without the data set's noise."""
     pixels = source.split(split).inputs["image"][index].permute(1, 2, 0).numpy()
     return Image.fromarray(pixels).resize((SIDE, SIDE), Image.Resampling.BICUBIC)

@@ -34,9 +34,13 @@ def load_for_benchmark(
 ) -> LoadedModel:
     """Loads a model and its processor for a benchmark; safetensors only, code from the Hub is never run.
 
+    ``minimal_pairs`` takes two-tower models and generative models; ``matching_benchmark`` decides.
+
     Raises:
         ConfigError, DataError: as in ``equipoise.inspection.load_pretrained``.
     """
+    if data == "minimal_pairs":
+        data = matching_benchmark(source)
     if data == "scenes":
         return load_pretrained(source, dtype=dtype, device=device)
     hf = import_transformers("evaluate")
