@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -306,6 +307,17 @@ def test_grids():
     # A grid that does not match the number of tokens is ignored.
     assert patch_grid(7, {"image_grid_thw": torch.tensor([[1, 6, 10]])}, merged)[:3] == (1, 7, False)
     assert "not a square number" in patch_grid(7, {}, None).why
+    # Square numbers of learned queries, and of tokens of several tiles, are no grid of the image.
+    queries = patch_grid(9, {}, SimpleNamespace(perceiver_config={}))
+    assert queries[:3] == (1, 9, False)
+    assert "learned query over the whole image (perceiver_config)" in queries.why
+    tiles = patch_grid(16, {"pixel_values": torch.ones(1, 4, 3, 8, 8)}, None)
+    assert tiles[:3] == (1, 16, False)
+    assert tiles.why.startswith("4 tiles")
+    # Tiles of zeros fill up a batch.
+    assert patch_grid(
+        16, {"pixel_values": torch.cat([torch.ones(1, 1, 3, 8, 8), torch.zeros(1, 3, 3, 8, 8)], 1)}, None
+    ).known
 
 
 def test_tokens_keep_their_leading_space():

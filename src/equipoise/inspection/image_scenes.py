@@ -14,7 +14,7 @@ from PIL import Image
 from .inspection_result import ImageScene
 from .patch_layout import PatchGrid, frame_index, image_parts, patch_grid
 from .tile_layout import TOLERANCE, Box, Tile, count_tiles, locate_tiles
-from .token_layout import grid_boxes, learned_queries, token_regions
+from .token_layout import grid_boxes, token_regions
 
 IMAGE_SIZE = 512
 """Pixels of the longer side of the image in the report."""
@@ -43,8 +43,7 @@ def image_layout(
     if max(count_tiles(inputs), len(tiles or ())) > number:
         maps = token_regions(tiles, number, count, inputs, config) if tiles else None
         if maps is None:
-            why = f"{count_tiles(inputs)} tiles, in a layout that the number of tokens does not confirm"
-            return ImageLayout(PatchGrid(1, count, False, why))
+            return ImageLayout(patch_grid(count, dict(inputs), config))
         scenes, separators = [], []
         for index, (picture, parts) in enumerate(zip(pictures, maps, strict=True)):
             prefix = f"image {index + 1}, " if number > 1 else ""
@@ -97,9 +96,6 @@ def encode_png(picture: Image.Image) -> bytes:
 
 def _single_grid(count: int, inputs: Mapping[str, Any], config: Any, tiles: Sequence[Tile] | None) -> PatchGrid:
     """The grid of an image that is not split into tiles."""
-    if option := learned_queries(config):
-        why = f"each of the {count} tokens is a learned query over the whole image ({option})"
-        return PatchGrid(1, count, False, why)
     grid = patch_grid(count, dict(inputs), config)
     if grid.known or not tiles:
         return grid

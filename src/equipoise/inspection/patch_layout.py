@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
+
+from .tile_layout import count_tiles
+
+NOT_SPATIAL = re.compile("perceiver|qformer|resampler|num_query_tokens|latent_query")
+"""Options of the configuration of models whose image tokens are learned queries over the whole image."""
 
 
 class PatchGrid(NamedTuple):
@@ -26,8 +32,8 @@ def patch_grid(count: int, inputs: dict[str, Any], config: Any, kind: str = "ima
     """Returns the grid of ``count`` image tokens.
 
     The grid of the processor (``image_grid_thw`` divided by ``spatial_merge_size``) takes precedence, then a square.
-    Images split into tiles, and tokens that end image rows, match neither: their grid is a single row in sequence
-    order.
+    Learned queries, images split into tiles, and other numbers of tokens have a single row in sequence order;
+    ``token_regions`` finds the places of the tokens of tiles.
 
     Example:
         >>> patch_grid(9, {}, None)[:3], patch_grid(7, {}, None)[:3]
@@ -37,6 +43,11 @@ def patch_grid(count: int, inputs: dict[str, Any], config: Any, kind: str = "ima
     """
     if kind == "audio":
         return PatchGrid(1, count, True, f"{count} tokens in temporal order")
+    if option := learned_queries(config):
+        why = f"each of the {count} tokens is a learned query over the whole image ({option})"
+        return PatchGrid(1, count, False, why)
+    if (tiles := count_tiles(inputs)) > 1:
+        return PatchGrid(1, count, False, f"{tiles} tiles, in a layout that the number of tokens does not confirm")
     sizes = inputs.get("image_grid_thw")
     if sizes is not None and len(sizes) == 1:
         frames, rows, columns = (int(size) for size in sizes[0])
@@ -51,6 +62,20 @@ def patch_grid(count: int, inputs: dict[str, Any], config: Any, kind: str = "ima
             side, side, True, f"{count} tokens form a square of {side} x {side}" if count > 1 else "one token"
         )
     return PatchGrid(1, count, False, f"{count} is not a square number, and the processor provides no grid")
+
+
+def learned_queries(config: Any) -> str | None:
+    """Returns the option of the configuration by which image tokens are learned queries without positions, or None.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> learned_queries(SimpleNamespace(qformer_config={})), learned_queries(SimpleNamespace(use_resampler=False))
+        ('qformer_config', None)
+    """
+    for name, value in getattr(config, "__dict__", {}).items():
+        if NOT_SPATIAL.search(name) and value not in (None, False):
+            return name
+    return None
 
 
 def image_parts(places: Sequence[int], images: int, inputs: dict[str, Any], config: Any) -> list[list[int]] | None:

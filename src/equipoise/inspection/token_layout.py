@@ -9,10 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .patch_layout import learned_queries
 from .tile_layout import TOLERANCE, Box, Tile
-
-NOT_SPATIAL = re.compile("perceiver|qformer|resampler|num_query_tokens|latent_query")
-"""Options of the configuration of models whose image tokens are learned queries over the whole image."""
 
 
 class TokenRegions(NamedTuple):
@@ -75,20 +73,6 @@ def token_regions(
         return None
     why = f"{rows} x {columns} tokens for each tile"
     return _confirmed([_tile_maps(group, rows, columns, why) for group in groups], count)
-
-
-def learned_queries(config: Any) -> str | None:
-    """Returns the option of the configuration by which image tokens are learned queries without positions, or None.
-
-    Example:
-        >>> from types import SimpleNamespace
-        >>> learned_queries(SimpleNamespace(qformer_config={})), learned_queries(SimpleNamespace(use_resampler=False))
-        ('qformer_config', None)
-    """
-    for name, value in getattr(config, "__dict__", {}).items():
-        if NOT_SPATIAL.search(name) and value not in (None, False):
-            return name
-    return None
 
 
 def grid_boxes(rows: int, columns: int, box: Box) -> list[Box]:
