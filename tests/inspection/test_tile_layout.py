@@ -121,6 +121,14 @@ def test_tokens_at_the_ends_of_rows_and_separators_are_not_drawn():
     assert not set(layout.separators) & set(labels.nonzero().flatten().tolist())
 
 
+def test_tiles_without_tokens_have_no_map():
+    images = [noise_image(1000, 30)]
+    layout = layout_of(*prepared("llava_next", images), images)
+    # Less than one of eight rows of tokens belongs to the image.
+    assert [scene.title for scene in layout.scenes] == ["overview"]
+    assert len(layout.scenes[0].places) == 64
+
+
 def test_layout_that_the_number_of_tokens_does_not_confirm_is_a_row(monkeypatch):
     images = [noise_image(120, 60)]
     model, process, inputs, labels = prepared("idefics3", images)
@@ -129,7 +137,7 @@ def test_layout_that_the_number_of_tokens_does_not_confirm_is_a_row(monkeypatch)
         # 100 tokens would form a square of 10 x 10.
         layout = image_layout(None, process, images, wrong, inputs, model.config)
         assert layout.grid[:3] == (1, len(wrong), False)
-        assert "9 tiles, in a layout that the number of tokens does not confirm" in layout.grid.why
+        assert "9 tiles in an unknown layout" in layout.grid.why
 
     # Tiles that the processor does not place on a linear scale.
     def mirrored(media):

@@ -45,7 +45,9 @@ def image_layout(
         if maps is None:
             return ImageLayout(patch_grid(count, dict(inputs), config))
         scenes, separators = [], []
-        for index, (picture, parts) in enumerate(zip(pictures, maps, strict=True)):
+        for index, (picture, found) in enumerate(zip(pictures, maps, strict=True)):
+            # Unpadding may leave no row of a very wide image.
+            parts = [part for part in found if part.tokens]
             prefix = f"image {index + 1}, " if number > 1 else ""
             for part in parts:
                 grid = PatchGrid(part.rows, part.columns, True, part.why)

@@ -47,7 +47,7 @@ def patch_grid(count: int, inputs: dict[str, Any], config: Any, kind: str = "ima
         why = f"each of the {count} tokens is a learned query over the whole image ({option})"
         return PatchGrid(1, count, False, why)
     if (tiles := count_tiles(inputs)) > 1:
-        return PatchGrid(1, count, False, f"{tiles} tiles, in a layout that the number of tokens does not confirm")
+        return PatchGrid(1, count, False, f"{tiles} tiles in an unknown layout")
     sizes = inputs.get("image_grid_thw")
     if sizes is not None and len(sizes) == 1:
         frames, rows, columns = (int(size) for size in sizes[0])
