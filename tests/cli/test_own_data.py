@@ -13,6 +13,7 @@ import equipoise as eq
 from equipoise.cli.entry_point import run
 from equipoise.data import user_code
 from equipoise.errors import ConfigError, DataError
+from equipoise.results.significance import unpack_outcomes
 from equipoise.training import recipes
 from equipoise.training.run import _load_dataset_cached
 
@@ -51,8 +52,12 @@ def test_train_with_table_and_target_only(table_path, tmp_path, capfd, monkeypat
     assert "photo: ConvEncoder for samples of shape (3, 16, 16)" in text
     assert (out / "report.html").is_file()
     assert (out / "diagnosis" / "report.html").is_file()
-    assert json.loads((out / "results.json").read_text())["summary"]
+    content = json.loads((out / "results.json").read_text())
+    assert content["summary"]
     recipe = recipes.load_recipe(out / "recipe.yaml")
+    people = eq.data.load_dataset(**recipe.data).test.groups
+    numbers = unpack_outcomes(content["runs"][0]["groups"]).astype(int).tolist()
+    assert len(set(zip(people, numbers, strict=True))) == len(set(people)) > 1
     assert recipe.data["modalities"]["sound"]["rate"] == 8_000
     assert recipe.methods[-1] == "ensemble+corruption"
     model = eq.load(out)

@@ -6,6 +6,7 @@ from equipoise.report import comparison_text
 from equipoise.report.effect_sizes import between, effect
 from equipoise.report.results_view import ResultsView
 from equipoise.results import result_rows
+from equipoise.results.significance import pack_text
 from helpers.fake_results import fake_results, fake_run, fake_run_with_r, results_view
 
 
@@ -87,6 +88,19 @@ def test_one_seed_is_tested_over_samples():
     assert text.startswith("Every method was run on one seed only, so scores are compared over the test samples")
     assert f"accuracy is significantly higher, 75.0 % instead of 60.0 % ({result.proof})" in text
     assert "the difference to the second best, concat, is significant" in text
+
+
+def test_one_seed_is_tested_over_groups_of_samples():
+    # The 15 samples that only one answers rightly belong to one of four groups.
+    groups = {"groups": pack_text([0] * 60 + [1] * 20 + [2] * 10 + [3] * 10)}
+    runs = [run_with_outcomes("concat", FEW) | groups, run_with_outcomes("joint", MANY) | groups]
+    result = effect(results_view(runs), "joint", "accuracy")
+    assert result.p > 0.2
+    assert result.proof == f"+15.0 points, one seed only, p = {result.p:.2f} over 4 groups of test samples"
+    one_group = [run | {"groups": pack_text([0] * 100)} for run in runs]
+    assert effect(results_view(one_group), "joint", "accuracy").p is None
+    other_groups = [runs[0], runs[1] | {"groups": pack_text([0] * 50 + [1] * 50)}]
+    assert effect(results_view(other_groups), "joint", "accuracy").proof.endswith("over the test samples")
 
 
 def test_one_seed_without_a_significant_difference():

@@ -20,6 +20,7 @@ from equipoise.results.significance import (
     RESAMPLES,
     SURE,
     bootstrap_p,
+    grouped_p,
     mcnemar,
     pack_outcomes,
     pack_text,
@@ -295,3 +296,32 @@ def test_outcomes_as_a_string(values):
     text = pack_text(values)
     assert isinstance(text, str)
     np.testing.assert_allclose(unpack_outcomes(text), np.array(values, dtype=float))
+
+
+def test_grouped_p_against_the_means_of_equal_groups():
+    """For groups of one size the test is the t-test of their means."""
+    from scipy import stats
+
+    random_numbers = np.random.default_rng(0)
+    for count, size in ((2, 5), (4, 7), (9, 1)):
+        values = random_numbers.normal(0.3, 1, (count, size))
+        order = random_numbers.permutation(count * size)
+        groups = np.repeat(np.arange(count), size)
+        expected = float(stats.ttest_1samp(values.mean(axis=1), 0).pvalue)
+        assert grouped_p(values.reshape(-1)[order], groups[order]) == pytest.approx(expected)
+    assert grouped_p(np.array([1.0, 0.0, 1.0]), np.array([0, 0, 0])) is None
+    assert grouped_p(np.array([1.0, 1.0]), np.array([0, 1])) is None
+    assert grouped_p(np.zeros(4), np.array([0, 0, 1, 1])) == 1.0
+
+
+def test_grouped_p_rejects_a_true_hypothesis_at_its_level():
+    """With a common effect of the samples of a group, the test over samples rejects far too often."""
+    random_numbers = np.random.default_rng(1)
+    groups, trials = np.repeat(np.arange(8), 25), 400
+    rejected = {"samples": 0, "groups": 0}
+    for _ in range(trials):
+        values = random_numbers.normal(size=8)[groups] + random_numbers.normal(size=200)
+        rejected["samples"] += bootstrap_p(values) < SURE
+        rejected["groups"] += (grouped_p(values, groups) or 1.0) < SURE
+    assert rejected["samples"] > 0.4 * trials
+    assert rejected["groups"] / trials == pytest.approx(SURE, abs=3 * math.sqrt(SURE * (1 - SURE) / trials))

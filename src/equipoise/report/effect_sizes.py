@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..results.result_rows import RunResult, finite_or_none, paired, run_pairs
-from ..results.significance import SURE, holm, paired_p, resampled_p, unpack_outcomes
+from ..results.significance import SURE, grouped_p, holm, paired_p, resampled_p, unpack_outcomes
 from .results_view import ResultsView
 from .text_format import (
     as_read,
@@ -32,10 +32,11 @@ class Effect:
         method, reference, metric: names.
         before, after: means of the reference and of the method over the pairs, as stored.
         p: two-sided p-value of a paired t-test over the pairs, None if all differences are equal; for a single pair,
-            of a paired test over the test samples, None if their outcomes are unknown.
+            of a paired test over the test samples, or over their groups, None if their outcomes are unknown.
         pairs: number of seeds and folds that both have.
         agree: number of pairs whose difference has the sign of the mean.
         unit: name of a pair, "seed" or "run".
+        groups: number of groups of test samples that are a random factor in the test of a single pair; 0 without.
     """
 
     method: str
@@ -47,6 +48,7 @@ class Effect:
     pairs: int
     agree: int | None
     unit: str
+    groups: int = 0
 
     @property
     def difference(self) -> float:
@@ -74,7 +76,8 @@ class Effect:
         """The difference, the number of pairs with a difference of this sign, and the p-value if there is one."""
         parts = [format_delta(self.metric, self.difference)]
         if self.pairs < 2:
-            tested = [] if self.p is None else [f"{format_p(self.p)} over the test samples"]
+            over = pluralize(self.groups, "group") + " of test samples" if self.groups else "the test samples"
+            tested = [] if self.p is None else [f"{format_p(self.p)} over {over}"]
             return ", ".join([*parts, f"one {self.unit} only", *tested])
         if self.agree is not None:
             parts.append(f"{'higher' if self.more else 'lower'} on {self.agree} of {pluralize(self.pairs, self.unit)}")
@@ -149,25 +152,40 @@ def _build(
     difference = row["difference"]
     agree = sum(one * difference > 0 for one in differences) if differences else None
     count = int(row.get("pairs", row["n"]))
-    p = finite_or_none(row["p"])
+    p, groups = finite_or_none(row["p"]), 0
     if p is None and count == 1:
-        p = _p_over_samples(readings, row["method"], reference, row["metric"])
-    return Effect(row["method"], reference, row["metric"], before, after, p, count, agree, readings.unit)
+        p, groups = _p_over_samples(readings, row["method"], reference, row["metric"])
+    return Effect(row["method"], reference, row["metric"], before, after, p, count, agree, readings.unit, groups)
 
 
-def _p_over_samples(readings: ResultsView, method: str, reference: str, metric: str) -> float | None:
-    """p-value of the paired test over test samples; None without a single pair of runs with stored outcomes."""
+def _p_over_samples(
+    readings: ResultsView, method: str, reference: str, metric: str
+) -> tuple[float | None, int]:  # fmt: skip
+    """p-value of the paired test over test samples and the number of their groups, 0 without.
+
+    The p-value is None without a single pair of runs with stored outcomes.
+    """
     pairs = run_pairs(readings.runs, method, reference, metric)
     if len(pairs) != 1:
-        return None
+        return None, 0
     stored = [run.get("outcomes", {}).get(metric) for run in pairs[0]]
     if None in stored:
-        return _p_over_resamples(*pairs[0], metric)
+        return _p_over_resamples(*pairs[0], metric), 0
     first, second = (unpack_outcomes(outcomes) for outcomes in stored if outcomes is not None)
     if len(first) != len(second):
-        return None
+        return None, 0
     valid = ~(np.isnan(first) | np.isnan(second))
-    return paired_p(first[valid], second[valid]) if valid.any() else None
+    groups = _groups(pairs[0], len(first))
+    if groups is not None and valid.any():
+        return grouped_p((first - second)[valid], groups[valid]), len(np.unique(groups[valid]))
+    return paired_p(first[valid], second[valid]) if valid.any() else None, 0
+
+
+def _groups(pair: tuple[RunResult, RunResult], samples: int) -> np.ndarray | None:
+    """The group of each test sample; None if there are none, or if those of two runs differ."""
+    packed = pair[0].get("groups")
+    groups = None if packed is None or packed != pair[1].get("groups") else unpack_outcomes(packed)
+    return None if groups is None or len(groups) != samples else groups
 
 
 def _p_over_resamples(run: RunResult, other: RunResult, metric: str) -> float | None:

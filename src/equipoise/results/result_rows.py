@@ -49,6 +49,8 @@ class RunResult(TypedDict):
         resamples: metric name -> the metric of every resample, as text; for metrics that are no mean of outcomes.
         undefined: metric name -> why it has no value.
         bootstrap: ``samples``, ``resamples``, ``seed`` and ``level`` of the intervals.
+        groups: the number of the group (speaker, subject) of each test sample, as ``significance.pack_text`` writes it;
+            for data with groups.
     """
 
     method: str
@@ -64,6 +66,7 @@ class RunResult(TypedDict):
     resamples: NotRequired[dict[str, str]]
     undefined: NotRequired[dict[str, str]]
     bootstrap: NotRequired[dict[str, Any]]
+    groups: NotRequired[str]
 
 
 Reference = Mapping[str, str] | Callable[[str], str | None]

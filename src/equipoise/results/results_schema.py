@@ -17,7 +17,7 @@ RUN = {"method": str, "seed": int, "fold": str | None, "metrics": dict[str, floa
 RUN_MAY = {"history": list[Any], "noise_modality": str | None, "keys": dict[str, Any],
            "shares": dict[str, Any], "outcomes": dict[str, str | list[float | None]],
            "intervals": dict[str, list[float]], "resamples": dict[str, str], "undefined": dict[str, str],
-           "bootstrap": dict[str, Any]}  # fmt: skip
+           "bootstrap": dict[str, Any], "groups": str}  # fmt: skip
 ENTRY = {"epoch": float, "loss": float | None, "share": dict[str, float | None], "air": float | None,
          "rotations": float | None, "balance": dict[str, Any]}  # fmt: skip
 ROW = {"method": str, "metric": str, "mean": float, "sd": float | None, "n": int, "difference": float | None,
@@ -74,6 +74,8 @@ def check_run(run: Any, who: str) -> None:
         _outcomes(packed, f"{who}, outcomes.{metric}")
     for metric, packed in run.get("resamples", {}).items():
         _outcomes(packed, f"{who}, resamples.{metric}")
+    if "groups" in run:
+        _outcomes(run["groups"], f"{who}, groups")
     for metric, ends in run.get("intervals", {}).items():
         if len(ends) != 2 or ends[0] > ends[1]:
             raise SchemaError(
