@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+import transformers as hf
 from PIL import Image
 
 import equipoise as eq
@@ -134,6 +135,16 @@ def test_generated_answers_are_those_of_look(name):
     for row, reply in zip(rows, result.replies["given"], strict=True):
         look = eq.look(model, processor, **{kind: row[kind]}, text=row["question"], max_new_tokens=4)
         assert reply == look.answer
+    for row, reply in zip(rows, result.replies["hidden"], strict=True):
+        full = encoded(name, processor, row)
+        length = full["decoder_input_ids"].shape[1]
+        for _ in range(4):
+            with torch.no_grad(), eq.diagnostics.without_modality(model, kind):
+                chosen = model(**full).logits[:, -1:].argmax(dim=-1)
+            full["decoder_input_ids"] = torch.cat([full["decoder_input_ids"], chosen], dim=1)
+        ids = full["decoder_input_ids"][0, length:].tolist()
+        ids = ids[: ids.index(2)] if 2 in ids else ids
+        assert reply == tokenizer().decode(ids, skip_special_tokens=True).strip()
 
 
 @pytest.mark.parametrize("tokens", [*CHOICES, "generated"])
@@ -298,12 +309,65 @@ def test_invalid_questions_raise():
     assert result.rows[0]["class"] == "failed"
 
 
-def test_text_only_encoder_decoder_raises():
+def test_choices_with_the_same_tokens_raise():
+    model, processor, _ = build("whisper")
+    rows = build_rows("audio", choices=["cat", "lion", "tiger"])
+    message = "evaluate sample 0: expected choices with different tokens, got 'lion' and 'tiger', which are equal"
+    with pytest.raises(DataError, match=message):
+        evaluate_questions(model, processor, rows[:1], conditions=("given",))
+
+
+def whisper_processor():
+    """A WhisperProcessor whose tokens are bytes."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    tokens = [
+        *bytes_to_unicode().values(),
+        "<|endoftext|>",
+        "<|startoftranscript|>",
+        "<|startofprev|>",
+        "<|notimestamps|>",
+    ]
+    words = hf.WhisperTokenizer(
+        vocab={token: index for index, token in enumerate(tokens)}, merges=[], bos_token="<|startoftranscript|>",
+        additional_special_tokens=tokens[-3:],
+    )  # fmt: skip
+    extractor = hf.WhisperFeatureExtractor(feature_size=5, sampling_rate=16000, chunk_length=1, hop_length=1000)
+    return hf.WhisperProcessor(extractor, words)
+
+
+def test_prompt_and_choices_of_whisper():
+    """The question is text before the start of the transcript, and choices begin with a space, as transcripts do."""
+    processor = whisper_processor()
+    config = build("whisper")[0].config
+    config.update({"vocab_size": 264, "eos_token_id": 256, "decoder_start_token_id": 257})
+    torch.manual_seed(0)
+    model = hf.WhisperForConditionalGeneration(config).eval()
+    rows = build_rows("audio", count=2, choices=["a", "bc"])
+    result = evaluate_questions(model, processor, rows)
+    assert result.failed == 0
+    byte = processor.tokenizer.get_vocab()
+    ids = lambda text: [byte[character.replace(" ", "Ġ")] for character in text]  # noqa: E731
+    special = [byte[f"<|{name}|>"] for name in ("startofprev", "startoftranscript", "notimestamps")]
+    for index, row in enumerate(rows):
+        features = processor.feature_extractor(row["audio"], sampling_rate=16000, return_tensors="pt")
+        start = [special[0], *ids(f" {row['question']}"), *special[1:]]
+        answer = ids(f" {row['answer']}")
+        with torch.no_grad():
+            logits = model(**features, decoder_input_ids=torch.tensor([start + answer])).logits[0, len(start) - 1 : -1]
+        value = logits.log_softmax(dim=-1).gather(1, torch.tensor([answer]).T).mean()
+        assert result.extra["log_likelihood"][index] == pytest.approx(float(value), abs=1e-4)
+
+
+def test_other_encoder_decoders_raise():
     from helpers.vlms import family
 
     model, _ = family("bart")
     with pytest.raises(ConfigError, match="evaluate: expected a generative model with images or audio"):
         evaluate_questions(model, tokenizer(), build_rows("audio"))
+    model, processor, _ = build("whisper")
+    with pytest.raises(ConfigError, match="expected a generative model, got WhisperModel, which has no language"):
+        evaluate_questions(model.model, processor, build_rows("audio"))
 
 
 def test_command(tmp_path, capsys):

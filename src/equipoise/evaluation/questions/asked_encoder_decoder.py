@@ -30,8 +30,6 @@ class AskedEncoderDecoder(AskedModel):
 
     def __init__(self, model: Any, processor: Any, max_new_tokens: int, batch_size: int, by_likelihood: bool) -> None:
         super().__init__(model, processor, max_new_tokens, batch_size, by_likelihood)
-        # Whisper writes a space first, as it reads one before its prompt.
-        self._lead = " " if hasattr(processor, "get_prompt_ids") else ""
         self.identity = f"{start_tokens(model, self.tokenizer).tolist()} "
 
     def examine(self, calls: Iterable[Call], conditions: Sequence[str]) -> tuple[str, ...]:
@@ -72,7 +70,7 @@ class AskedEncoderDecoder(AskedModel):
             return tuple(conditions)
         raise DataError(
             "evaluate", expected=f"questions that {type(self.model).__name__} can run",
-            got=f"{type(error).__name__}: {error}"[:500],
+            got=f"{type(error).__name__}: {error}"[:500], fix="Check the media and the processor.",
         ) from error  # fmt: skip
 
     def _check_not_steered(self, kind: str, conditions: Sequence[str]) -> None:

@@ -12,15 +12,15 @@ from torch import Tensor
 
 from ...diagnostics.interventions import without_modality
 from ...diagnostics.steering import steer
-from ...errors import DataError, EquipoiseError
+from ...errors import EquipoiseError
 from ...inspection.prompt_inputs import Inputs, complete_inputs, placeholders, prompt_encoder, tokenizer_of
 from ...recording import ConfirmedLabels, watch
 from .blind_test import Call
 from .call_journal import Reply
+from .choice_tokens import ChoiceTokens
 from .feature_cache import FeatureCache
 from .media_conditions import STEER
 from .question_batches import equal_groups, join_inputs, layout
-from .question_set import MediaQuestion
 from .shared_prompts import ScoredAnswers, SharedPrompts, score_answers
 
 FIELD = {"image": "images", "audio": "audio"}
@@ -81,15 +81,15 @@ class AskedModel:
     records_attention = True
     _layers: tuple[str, ...] | None = None
     """Layers whose attention is recorded; None for all."""
-    _lead = ""
-    """What the model writes before an answer."""
 
     def __init__(self, model: Any, processor: Any, max_new_tokens: int, batch_size: int, by_likelihood: bool) -> None:
         self.model, self.processor, self.tokenizer = model, processor, tokenizer_of(processor)
         self.max_new_tokens, self.batch_size, self.by_likelihood = max_new_tokens, batch_size, by_likelihood
         self._given: dict[int, Inputs] = {}
         self._beta = 0.0
-        self._choices: dict[str, Tensor] = {}
+        # Whisper writes a space first, as it reads one before its prompt.
+        lead = " " if hasattr(processor, "get_prompt_ids") else ""
+        self._choices = ChoiceTokens(self.tokenizer, placeholders(model.config), lead)
         self._labels, self.features = ConfirmedLabels(model), FeatureCache(model)
         self._prompts = SharedPrompts(model)
 
@@ -147,7 +147,7 @@ class AskedModel:
     def _most_likely(
         self, calls: list[Call], inputs: list[Inputs], kinds: list[str], hidden: list[str]
     ) -> list[Answer]:  # fmt: skip
-        answers = [[self._choice_tokens(text, one.question) for text in one.question.choices] for one in calls]
+        answers = [self._choices.of(one.question) for one in calls]
         shareable = [self._shareable_kind(*pair, hidden) for pair in zip(inputs, answers, strict=True)]
         results = [
             None if kind is None else self._with_shared_prompt(one, some, kinds, hidden)
@@ -267,19 +267,6 @@ class AskedModel:
             if isinstance(number := getattr(self.tokenizer, name, None), int):
                 return number
         return 0
-
-    def _choice_tokens(self, text: str, question: MediaQuestion) -> Tensor:
-        if text in self._choices:
-            return self._choices[text]
-        written = f"{self._lead}{text}"
-        encoded = self.tokenizer(written, add_special_tokens=False, return_tensors="pt")["input_ids"].long()
-        if not encoded.shape[1] or set(placeholders(self.model.config)) & set(encoded[0].tolist()):
-            raise DataError(
-                f"evaluate sample {question.index}", expected="choices of at least one token without placeholders",
-                got=repr(text),
-            )  # fmt: skip
-        self._choices[text] = encoded
-        return encoded
 
 
 @contextmanager

@@ -179,6 +179,11 @@ def _check_media(model: Any, questions: Sequence[MediaQuestion], single: bool) -
             "evaluate", expected="a generative model with images or audio, such as LLaVA or Qwen-Audio",
             got=f"{type(model).__name__}, which takes {' and '.join(names) or 'no known modality'}",
         )  # fmt: skip
+    if not getattr(model, "can_generate", bool)():
+        raise ConfigError(
+            "evaluate", expected="a generative model", fix="Load it as ...ForConditionalGeneration.",
+            got=f"{type(model).__name__}, which has no language modeling head",
+        )  # fmt: skip
     for question in questions:
         if single and len(question.media) > 1:
             raise ConfigError(
