@@ -14,7 +14,7 @@ from torch import Tensor
 from ...inspection.prompt_inputs import Inputs
 
 TOLERANCE = 1e-4
-"""Largest difference of a log-likelihood, relative to values above 1; four units of lower precisions."""
+"""Largest difference of a log-likelihood, relative to values above 1; two units of lower precisions, not relative."""
 ROPE_BY_LENGTH = ("dynamic", "longrope")
 """Rotary embeddings that depend on the length of the sequence, so that keys of a prompt alone may differ."""
 
@@ -39,7 +39,7 @@ class SharedPrompts:
         rope = str(getattr(model.config.get_text_config(), "rope_parameters", ""))
         self._possible = not model.config.is_encoder_decoder and not any(name in rope for name in ROPE_BY_LENGTH)
         self._trusted: dict[Hashable, bool] = {}
-        self._tolerance = max(TOLERANCE, 4 * torch.finfo(model.dtype).eps if model.dtype != torch.float32 else 0.0)
+        self._unit = 2 * torch.finfo(model.dtype).eps
 
     def may_share(self, kind: Hashable) -> bool:
         """Whether a kind is shared, or has to be checked."""
@@ -52,7 +52,7 @@ class SharedPrompts:
     def check(self, kind: Hashable, shared: ScoredAnswers | None, complete: ScoredAnswers) -> None:
         """Shares a kind from now on if all scores are equal within the tolerance; not if sharing has failed."""
         self._trusted[kind] = self._trusted.get(kind, True) and shared is not None and all(
-            abs(one - other) <= self._tolerance * max(1.0, abs(other))
+            abs(one - other) <= max(self._unit, TOLERANCE * max(1.0, abs(other)))
             for one, other in zip(
                 [*shared.likelihoods, shared.share or 0.0], [*complete.likelihoods, complete.share or 0.0], strict=True
             )
