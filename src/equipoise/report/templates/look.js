@@ -116,7 +116,7 @@
     get("high").textContent = `${percent(top)} per token`;
     if (scenes.length > 1) {
       const parts = scenes.map(({ places }, number) => `${name(number)} ${percent(part(values, places))}`);
-      description += ` By map: ${parts.join(", ")}.`;
+      description += ` By map: ${parts.join("; ")}.`;
     }
     for (const [places, what] of [
       [look.unplaced ?? [], "of the image that cover no single region"],
@@ -205,7 +205,7 @@
       const picture = box.querySelector("img");
       const size = () => {
         [canvas.width, canvas.height] = [picture.naturalWidth, picture.naturalHeight];
-        box.closest(".frames").classList.toggle("wide", canvas.width > canvas.height);
+        box.closest(".frames").classList.toggle("wide", scenes.length === 2 && canvas.width > canvas.height);
       };
       if (picture.complete) size();
       else picture.addEventListener("load", () => (size(), show()));
