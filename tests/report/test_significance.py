@@ -314,6 +314,15 @@ def test_grouped_p_against_the_means_of_equal_groups():
     assert grouped_p(np.zeros(4), np.array([0, 0, 1, 1])) == 1.0
 
 
+@pytest.mark.parametrize("scale", [1e-14, 1e-6, 1e6, 1e12])
+def test_grouped_p_does_not_depend_on_the_scale(scale):
+    """The rounding error of equal differences is no evidence, and small differences are not equal."""
+    groups = np.array([0, 0, 1, 1, 2, 2, 2])
+    values = np.array([1.0, 1.0, 0.0, 1.0, 1.0, 1.0, 0.0])
+    assert grouped_p(scale * values, groups) == pytest.approx(grouped_p(values, groups))
+    assert grouped_p(np.full(7, 1.1 * scale + 0.1), groups) is None
+
+
 def test_grouped_p_rejects_a_true_hypothesis_at_its_level():
     """With a common effect of the samples of a group, the test over samples rejects far too often."""
     random_numbers = np.random.default_rng(1)

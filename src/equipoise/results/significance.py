@@ -165,11 +165,14 @@ def grouped_p(differences: np.ndarray, groups: np.ndarray) -> float | None:
     """
     from scipy import stats
 
-    values, names = np.asarray(differences, dtype=float), np.unique(groups)
+    values = np.asarray(differences, dtype=float)
+    names, member = np.unique(groups, return_inverse=True)
     mean, count = values.mean(), len(names)
-    sums = np.array([(values[groups == name] - mean).sum() for name in names])
-    if count < 2 or float(np.abs(sums).max()) <= 1e-12 * len(values):
-        return 1.0 if count > 1 and mean == 0 else None
+    # The rounding error of a sum grows with the values.
+    smallest = 1e-12 * len(values) * float(np.abs(values).max())
+    sums = np.bincount(member, weights=values - mean)
+    if count < 2 or float(np.abs(sums).max()) <= smallest:
+        return 1.0 if count > 1 and len(values) * abs(mean) <= smallest else None
     error = math.sqrt(count / (count - 1) * float(np.square(sums).sum())) / len(values)
     return float(2 * stats.t.sf(abs(mean) / error, count - 1))
 
