@@ -2,6 +2,7 @@
 
 import pickle
 
+import numpy as np
 import pytest
 import torch
 
@@ -33,6 +34,11 @@ def test_split_of_unequal_lengths():
         Split({"audio": torch.zeros(2, 5)}, torch.zeros(3))
     with pytest.raises(ShapeError, match="Split groups: expected one for each target = 3, got 2"):
         Split({}, torch.zeros(3), groups=["a", "b"])
+
+
+@pytest.mark.parametrize("kind", [list, torch.tensor, np.array])
+def test_groups_of_equal_numbers_are_one_group(kind):
+    assert Split({}, torch.zeros(3), groups=kind([7, 5, 7])).groups == ["7", "5", "7"]
 
 
 def test_unknown_split(digits):

@@ -29,6 +29,11 @@ def test_tensor_dataset():
     assert data.noise["sensor"] == pytest.approx((valid.mean().item(), valid.std(correction=0).item()))
 
 
+def test_tensor_dataset_with_groups():
+    data = TensorDataset(random_split(), random_split(6), {**random_split(4), "groups": torch.tensor([3, 3, 1, 1])})
+    assert (data.names, data.train.groups, data.test.groups) == (("audio", "sensor"), None, ["3", "3", "1", "1"])
+
+
 def test_invalid_tensors():
     with pytest.raises(ShapeError, match="TensorDataset: expected inputs as in train"):
         TensorDataset(random_split(), random_split(6, features=5), random_split(7))

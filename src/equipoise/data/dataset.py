@@ -32,7 +32,7 @@ class Split:
             padding; {} if every sample is complete. Numbers that are all 0 and 1 become bool.
         times: name -> (sample, token) time stamps in seconds, for encoders and fusions that use them.
         groups: name of the group of each sample, such as its speaker; samples of a group are not independent. None if
-            there are none, or if they are not known.
+            there are none, or if they are not known. Numbers, also in a tensor or an array, become text.
 
     Raises:
         ShapeError: inputs, masks, times, groups and targets differ in length; an invalid mask.
@@ -64,6 +64,11 @@ class Split:
             raise ShapeError(
                 "Split groups", expected=f"one for each target = {len(self.target)}", got=f"{len(self.groups)}"
             )
+        if self.groups is not None:
+            # Elements of a tensor are not equal as keys, even if their numbers are.
+            groups: Any = self.groups
+            names = groups.tolist() if hasattr(groups, "tolist") else groups
+            object.__setattr__(self, "groups", [str(name) for name in names])
         masks = {name: bool_mask(mask, f"Split '{name}' mask", MASK, numbers=True) for name, mask in self.mask.items()}
         for name, mask in masks.items():
             if mask.ndim not in (1, 2):

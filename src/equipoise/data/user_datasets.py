@@ -33,8 +33,8 @@ class TensorDataset(Dataset):
     """A data set of tensors in memory.
 
     Args:
-        train, val, test: Split, or a dict {name: (sample, ...), "target": (sample, ...)}, with optional "mask" and
-            "times" as in ``Split``. Inputs are used as they are: standardize them with the training split.
+        train, val, test: Split, or a dict {name: (sample, ...), "target": (sample, ...)}, with optional "mask",
+            "times" and "groups" as in ``Split``. Inputs are used as they are: standardize them with the training split.
         task: "classification", "multilabel" or "regression"; by default classification for whole-number targets
             (sample,), else regression.
         num_outputs: number of classes or outputs; by default that of the targets.
@@ -222,8 +222,9 @@ def _as_split(part: Split | Mapping[str, Any]) -> Split:
     if not isinstance(part, Mapping) or not isinstance(part.get("target"), Tensor):
         got = f"keys {', '.join(map(str, part))}" if isinstance(part, Mapping) else type(part).__name__
         raise ShapeError("TensorDataset", expected="a Split, or a dict with a tensor 'target'", got=got)
-    inputs = {name: values for name, values in part.items() if name not in KEYS}
-    return Split(inputs, part["target"], dict(part.get("mask") or {}), dict(part.get("times") or {}))
+    inputs = {name: values for name, values in part.items() if name not in (*KEYS, "groups")}
+    mask, times = (dict(part.get(name) or {}) for name in ("mask", "times"))
+    return Split(inputs, part["target"], mask, times, part.get("groups"))
 
 
 def _task_of(targets: Sequence[Tensor], task: Task | None, num_outputs: int | None, who: str) -> tuple[Task, int]:
