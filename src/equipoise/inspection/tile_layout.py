@@ -81,12 +81,15 @@ def count_tiles(inputs: Mapping[str, Any]) -> int:
 def _probes(index: int, count: int, size: tuple[int, int]) -> list[Image.Image]:
     """A black and a white image, and one of coordinates, whose blue channel is the index of the image."""
     width, height = size
-    coded = np.empty((height, width, 3))
-    coded[..., 0] = (np.arange(width) + 0.5) / width
-    coded[..., 1] = ((np.arange(height) + 0.5) / height)[:, None]
-    coded[..., 2] = (index + 0.5) / count
-    pixels = Image.fromarray((255 * coded).round().astype("uint8"))
-    return [Image.new("RGB", size, "black"), Image.new("RGB", size, "white"), pixels]
+    coded = np.empty((height, width, 3), dtype=np.uint8)
+    for channel, places in enumerate((_levels(width), _levels(height)[:, None], round(255 * (index + 0.5) / count))):
+        coded[..., channel] = places
+    return [Image.new("RGB", size, "black"), Image.new("RGB", size, "white"), Image.fromarray(coded)]
+
+
+def _levels(side: int) -> np.ndarray:
+    """Coordinates of the pixel centers, from 0 to 255."""
+    return (255 * (np.arange(side) + 0.5) / side).round().astype(np.uint8)
 
 
 def _pixels(inputs: Mapping[str, Any]) -> Float[Tensor, "tile 3 row column"] | None:
