@@ -300,6 +300,27 @@ def build_audio_model():
     return hf.Qwen2AudioForConditionalGeneration(config).eval(), encode
 
 
+@pytest.mark.parametrize("mode", ["I;16", "LA"])
+def test_pillow_images_are_read_as_their_files(tmp_path, mode):
+    random = np.random.default_rng(0)
+    rows: dict[str, list] = {"image": [], "file": []}
+    for index in range(3):
+        values = random.integers(65_536, size=(9, 9), dtype=np.uint16)
+        image = Image.fromarray(values if mode == "I;16" else (values // 257).astype(np.uint8))
+        if mode == "LA":
+            image.putalpha(Image.fromarray(random.integers(256, size=(9, 9), dtype=np.uint8)))
+        image.save(file := tmp_path / f"{index}.png")
+        for kind, medium in (("image", image), ("file", file)):
+            rows[kind].append({"image": medium, "question": "which color ?", "choices": NAMES, "answer": "red"})
+    model, processor = build_model(), build_processor()
+    results = [
+        evaluate_questions(model, processor, part, conditions=("given", "blank"), steer=(1,)) for part in rows.values()
+    ]
+    assert results[0].failed == 0
+    assert results[0].extra == results[1].extra
+    assert results[0].replies == results[1].replies
+
+
 def test_audio(tmp_path):
     import soundfile
 

@@ -8,8 +8,10 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple, cast
 
 import torch
+from PIL import Image
 from torch import Tensor
 
+from ...data.media_files import load_image
 from ...diagnostics.interventions import without_modality
 from ...diagnostics.steering import steer
 from ...errors import EquipoiseError
@@ -137,7 +139,7 @@ class AskedModel:
     def _encode(self, call: Call) -> Inputs:
         groups: dict[str, list[Any]] = {}
         for name, value in call.media:
-            groups.setdefault(FIELD[name], []).append(value)
+            groups.setdefault(FIELD[name], []).append(in_rgb(value))
         _, encode = prompt_encoder(self.model, self.processor, call.prompt, groups)
         return encode(groups)
 
@@ -267,6 +269,11 @@ class AskedModel:
             if isinstance(number := getattr(self.tokenizer, name, None), int):
                 return number
         return 0
+
+
+def in_rgb(medium: Any) -> Any:
+    """Converts a Pillow image of another mode as image files are; processors would cut 16-bit values at 255."""
+    return load_image(medium) if isinstance(medium, Image.Image) and medium.mode != "RGB" else medium
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ...data.media_files import load_image
 from ...errors import ConfigError
 from .question_set import RATE, MediaQuestion
 
@@ -91,7 +92,9 @@ class MediaConditions:
             for question in self._questions[:MEAN_OF]:
                 for name, value in question.load():
                     if name == "image" and isinstance(value, Image.Image):
-                        means.append(np.asarray(value.convert("RGB"), dtype=float).reshape(-1, 3).mean(axis=0))
+                        # As files are read; the range of the modes I and F is unknown.
+                        colors = value.convert("RGB") if value.mode in ("RGB", "I", "F") else load_image(value)
+                        means.append(np.asarray(colors, dtype=float).reshape(-1, 3).mean(axis=0))
             color = self._color = np.mean(means, axis=0) if means else np.full(3, 127.0)
         return color
 
