@@ -26,6 +26,7 @@ from equipoise.data.sets.av_digits import FLOOR, SPEAKERS, AVDigits
 from equipoise.data.sets.av_digits import _voices as voices_of_splits
 from equipoise.data.sets.spoken_digits_files import read_recordings, read_wav
 from equipoise.data.user_datasets import TensorDataset
+from equipoise.errors import ConfigError
 
 TOKENS = 32
 BATCH = 128
@@ -73,16 +74,24 @@ def image_features(folder: Path, images: Tensor) -> Tensor:
 
 
 def pretrained_digits(audio: Path, image: Path, fold: str, cache: Path, snr: float = 0.0) -> TensorDataset:
-    """Returns the data set of one fold; features are computed once and kept in ``cache``."""
+    """Returns the data set of one fold; features are computed once and kept in ``cache``.
+
+    Raises:
+        ConfigError: the features in ``cache`` are those of other encoders or another ``snr``.
+    """
     source = AVDigits(fold=fold)
     folder = find_data_dir("fsdd/recordings", None, "It contains the Free Spoken Digit Dataset.")
-    file = cache / f"features_{fold}.pt"
+    file, encoders = cache / f"features_{fold}.pt", f"{audio.name}, {image.name}, snr {snr:g}"
     if not file.is_file():
         voices = audio_features(audio, load_waveforms(folder, snr))
         images = {name: image_features(image, source.split(name).inputs["image"]) for name in ("train", "val", "test")}
         cache.mkdir(parents=True, exist_ok=True)
-        torch.save({"voices": voices, "images": images}, file)
+        torch.save({"voices": voices, "images": images, "encoders": encoders}, file)
     kept = torch.load(file, weights_only=True)
+    if kept.get("encoders", encoders) != encoders:
+        raise ConfigError(
+            str(file), expected=f"features of {encoders}", got=kept["encoders"], fix="Choose another --out."
+        )
     spoken = read_recordings(folder, SPEAKERS, FLOOR)
     inputs = {}
     for name, rows in voices_of_splits(spoken, fold).items():
