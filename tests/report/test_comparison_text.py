@@ -6,7 +6,7 @@ from equipoise.report import comparison_text
 from equipoise.report.effect_sizes import between, effect
 from equipoise.report.results_view import ResultsView
 from equipoise.results import result_rows
-from equipoise.results.significance import pack_text
+from equipoise.results.significance import pack_resamples, pack_text
 from helpers.fake_results import fake_results, fake_run, fake_run_with_r, results_view
 
 
@@ -99,8 +99,20 @@ def test_one_seed_is_tested_over_groups_of_samples():
     assert result.proof == f"+15.0 points, one seed only, p = {result.p:.2f} over 4 groups of test samples"
     one_group = [run | {"groups": pack_text([0] * 100)} for run in runs]
     assert effect(results_view(one_group), "joint", "accuracy").p is None
+    earlier = [run_with_outcomes("concat", FEW), runs[1]]
+    assert effect(results_view(earlier), "joint", "accuracy").proof == result.proof
     other_groups = [runs[0], runs[1] | {"groups": pack_text([0] * 50 + [1] * 50)}]
     assert effect(results_view(other_groups), "joint", "accuracy").proof.endswith("over the test samples")
+
+
+def test_resamples_of_samples_do_not_test_data_with_groups():
+    runs = [
+        fake_run(method, 0, None, accuracy=0.5, f1=value) | {"resamples": {"f1": pack_resamples([value] * 20)}}
+        for method, value in (("concat", 0.5), ("joint", 0.7))
+    ]
+    assert effect(results_view(runs), "joint", "f1").p < 0.05
+    grouped = [run | {"groups": pack_text([0, 0, 1, 1])} for run in runs]
+    assert effect(results_view(grouped), "joint", "f1").proof == "+0.20, one seed only"
 
 
 def test_one_seed_without_a_significant_difference():

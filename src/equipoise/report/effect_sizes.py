@@ -170,7 +170,9 @@ def _p_over_samples(
         return None, 0
     stored = [run.get("outcomes", {}).get(metric) for run in pairs[0]]
     if None in stored:
-        return _p_over_resamples(*pairs[0], metric), 0
+        # Resamples are of single samples, which are not independent if there are groups.
+        grouped = any("groups" in run for run in pairs[0])
+        return None if grouped else _p_over_resamples(*pairs[0], metric), 0
     first, second = (unpack_outcomes(outcomes) for outcomes in stored if outcomes is not None)
     if len(first) != len(second):
         return None, 0
@@ -182,9 +184,12 @@ def _p_over_samples(
 
 
 def _groups(pair: tuple[RunResult, RunResult], samples: int) -> np.ndarray | None:
-    """The group of each test sample; None if there are none, or if those of two runs differ."""
-    packed = pair[0].get("groups")
-    groups = None if packed is None or packed != pair[1].get("groups") else unpack_outcomes(packed)
+    """The group of each test sample; None if there are none, or if those of two runs differ.
+
+    One run is enough, since runs of earlier versions have none.
+    """
+    packed = {run["groups"] for run in pair if "groups" in run}
+    groups = unpack_outcomes(packed.pop()) if len(packed) == 1 else None
     return None if groups is None or len(groups) != samples else groups
 
 
