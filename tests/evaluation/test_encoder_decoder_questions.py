@@ -302,11 +302,24 @@ def test_invalid_questions_raise():
     with pytest.raises(DataError, match='evaluate sample 0: expected an "image", "images" or "audio"'):
         evaluate_questions(model, processor, [{**row, "audio": None}])
     with pytest.raises(DataError, match="evaluate: expected questions that WhisperForConditionalGeneration can run"):
-        evaluate_questions(model, processor, [{**row, "audio": np.zeros((2, 3, 4))}], conditions=("given",))
-    bad = {**row, "audio": np.zeros((2, 3, 4))}
+        evaluate_questions(model, processor, [{**row, "question": "what " * 400}], conditions=("given",))
+    bad = {**row, "question": "what " * 400}
     result = evaluate_questions(model, processor, [bad, row], conditions=("given", "blank"), max_new_tokens=2)
     assert result.failed == 2
     assert result.rows[0]["class"] == "failed"
+
+
+@pytest.mark.parametrize("sound", [
+    np.zeros((2560, 2), dtype=np.float32), np.zeros(2560, dtype=np.int16), np.zeros(0, dtype=np.float32),
+    {"array": np.zeros(2560, dtype=np.float32), "sampling_rate": 8000},
+])  # fmt: skip
+def test_sounds_that_a_processor_would_misread_raise(sound):
+    """A feature extractor takes (sample, channel) for a batch of sounds, and an empty sound for silence."""
+    model, processor, _ = build("whisper")
+    rows = build_rows("audio", choices=CHOICES["one token"])
+    rows[1]["audio"] = sound
+    with pytest.raises(DataError, match=r"evaluate sample 1 audio: expected a (floating array \(sample,\)|sound)"):
+        evaluate_questions(model, processor, rows)
 
 
 def test_choices_with_the_same_tokens_raise():

@@ -13,10 +13,11 @@ from ...errors import ConfigError, DataError, EquipoiseError
 from ...inspection.encoder_decoder import record_cross_attention
 from ...inspection.encoder_prompts import encode_medium, generate_greedily, start_tokens
 from ...inspection.prompt_inputs import Inputs
-from .asked_model import SAMPLE_ERRORS, AskedModel, in_rgb
+from .asked_model import SAMPLE_ERRORS, AskedModel
 from .blind_test import Call
 from .media_conditions import STEER
 from .question_batches import join_inputs, layout
+from .question_set import checked_medium
 
 
 class AskedEncoderDecoder(AskedModel):
@@ -90,7 +91,9 @@ class AskedEncoderDecoder(AskedModel):
 
     def _encode(self, call: Call) -> Inputs:
         kind, medium = call.media[0] if call.media else (None, None)
-        inputs, start = encode_medium(self.model, self.processor, call.prompt, kind, in_rgb(medium))
+        if kind is not None:
+            medium = checked_medium(kind, medium, call.question.index)
+        inputs, start = encode_medium(self.model, self.processor, call.prompt, kind, medium)
         return {**inputs, self.ids: start}
 
     def _complete(self, inputs: Inputs, answer: Tensor) -> Inputs:

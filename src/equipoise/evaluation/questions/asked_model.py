@@ -8,10 +8,8 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple, cast
 
 import torch
-from PIL import Image
 from torch import Tensor
 
-from ...data.media_files import load_image
 from ...diagnostics.interventions import without_modality
 from ...diagnostics.steering import steer
 from ...errors import EquipoiseError
@@ -23,6 +21,7 @@ from .choice_tokens import ChoiceTokens
 from .feature_cache import FeatureCache
 from .media_conditions import STEER
 from .question_batches import equal_groups, join_inputs, layout
+from .question_set import checked_medium
 from .shared_prompts import ScoredAnswers, SharedPrompts, score_answers
 
 FIELD = {"image": "images", "audio": "audio"}
@@ -139,7 +138,7 @@ class AskedModel:
     def _encode(self, call: Call) -> Inputs:
         groups: dict[str, list[Any]] = {}
         for name, value in call.media:
-            groups.setdefault(FIELD[name], []).append(in_rgb(value))
+            groups.setdefault(FIELD[name], []).append(checked_medium(name, value, call.question.index))
         _, encode = prompt_encoder(self.model, self.processor, call.prompt, groups)
         return encode(groups)
 
@@ -269,11 +268,6 @@ class AskedModel:
             if isinstance(number := getattr(self.tokenizer, name, None), int):
                 return number
         return 0
-
-
-def in_rgb(medium: Any) -> Any:
-    """Converts a Pillow image of another mode as image files are; processors would cut 16-bit values at 255."""
-    return load_image(medium) if isinstance(medium, Image.Image) and medium.mode != "RGB" else medium
 
 
 @contextmanager

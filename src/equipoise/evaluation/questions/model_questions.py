@@ -54,7 +54,7 @@ def evaluate_questions(
         model: a transformers model with images or audio (LLaVA, Qwen-VL, Gemma, Qwen-Audio, ...), or an
             encoder-decoder (Whisper, Moonshine, Pix2Struct, Florence-2) for questions about one image or sound each.
         processor: its processor.
-        samples: as for ``blind``.
+        samples: as for ``blind``; arrays of sound are floating (sample,) at the rate of the processor.
         conditions: some of "given", "blank", "other", "hidden" and "none"; "given" is required.
         score: "likelihood" chooses the choice with the highest mean log-likelihood of its tokens after the question;
             "generated" reads the answer that the model writes, by greedy decoding; "auto" is "likelihood" if all

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
 from ...data.media_files import load_image, read_audio
 from ...errors import ConfigError, DataError
@@ -66,6 +67,24 @@ def load_medium(name: str, value: Any, who: str, rate: int = RATE) -> Any:
     if not isinstance(value, (str, Path, bytes)):
         return value
     return load_image(value, who=f"{who} image") if name == "image" else read_audio(value, rate, who=f"{who} audio")
+
+
+def checked_medium(name: str, value: Any, index: int) -> Any:
+    """Returns an image or a sound as files are read; processors cut 16-bit images at 255, and take stereo for a batch.
+
+    Args:
+        name: "image" or "audio".
+        value: what ``load_medium`` returns.
+        index: of the question.
+
+    Raises:
+        DataError: a sound other than a floating array (sample,); an image of unknown range.
+    """
+    who = f"evaluate sample {index} {name}"
+    if name == "audio":
+        array = hasattr(value, "__array__") and not isinstance(value, Tensor)
+        return read_audio(np.asarray(value) if array else value, RATE, who=who)
+    return load_image(value, who=who) if isinstance(value, Image.Image) and value.mode != "RGB" else value
 
 
 def read_questions(
