@@ -265,6 +265,10 @@ def test_replies_are_cached_per_model(trained_models, tmp_path):
         other.replies
         == evaluate_questions(trained_models["text"], build_processor(), rows, conditions=("given", "none")).replies
     )
+    changed = [{**row, "choices": ["yes", "no"], "answer": "no"} for row in rows]
+    fresh = evaluate_questions(model, build_processor(), changed, conditions=("given", "none"))
+    edited = evaluate_questions(model, build_processor(), changed, **options)
+    assert (edited.replies, edited.extra) == (fresh.replies, fresh.extra)
 
 
 def test_several_images(trained_models):

@@ -159,7 +159,8 @@ class Call(NamedTuple):
 def ask_all(
     ask: Callable[[list[Call]], list[Reply]], questions: Sequence[MediaQuestion], conditions: Sequence[str],
     sources: MediaConditions, journal: CallJournal, progress: Callable[[int, int], None], *,
-    prompt: Callable[[MediaQuestion], str] | None = None, workers: int = 1, batch_size: int = 1, identity: str = "",
+    prompt: Callable[[MediaQuestion], str] | None = None, workers: int = 1, batch_size: int = 1,
+    identity: Callable[[MediaQuestion], str] = lambda question: "",
     who: str = "blind", order: Sequence[int] | None = None,
 ) -> dict[tuple[str, int], Reply]:  # fmt: skip
     """Asks all questions under all conditions for which the journal has no reply.
@@ -167,7 +168,8 @@ def ask_all(
     Args:
         ask: calls under one condition -> their replies.
         batch_size: number of calls that are asked together.
-        identity: of the target; replies of another one in the same journal do not count.
+        identity: what a reply depends on apart from prompt and media, such as the target; other replies in the same
+            journal do not count.
         order: the order in which questions are asked, as indices.
 
     Raises:
@@ -189,7 +191,10 @@ def ask_all(
             question = questions[index]
             text = question.prompt if prompt is None else prompt(question)
             calls.append(Call(question, condition, sources.media(question, condition), text))
-        keys = [journal_key(one.question.index, one.prompt, f"{identity}{one.condition}", one.media) for one in calls]
+        keys = [
+            journal_key(one.question.index, one.prompt, f"{identity(one.question)}{one.condition}", one.media)
+            for one in calls
+        ]  # fmt: skip
         known = [journal.get(key) for key in keys]
         missing = [index for index, reply in enumerate(known) if reply is None]
         for index, reply in zip(missing, ask([calls[index] for index in missing]) if missing else (), strict=True):

@@ -115,7 +115,12 @@ def evaluate_questions(
     target = (AskedEncoderDecoder if decodes else AskedModel)(
         model, processor, max_new_tokens, batch_size, by_likelihood
     )
-    how = "likelihood" if by_likelihood else f"generated {max_new_tokens}"
+    weights = fingerprint(model)
+
+    def identity(question: MediaQuestion) -> str:
+        # The prompt of a generated answer has the choices.
+        how = f"likelihood {question.choices} {question.target}" if by_likelihood else f"generated {max_new_tokens}"
+        return f"{weights} {target.identity}{how} "
 
     def prompt(question: MediaQuestion) -> str:
         return template.replace("{}", question.text if by_likelihood else question.prompt)
@@ -127,7 +132,7 @@ def evaluate_questions(
         with target.features.open():
             replies = ask_all(
                 target.replies, questions, (*chosen, *steered), sources, CallJournal(journal), progress,
-                who="evaluate", prompt=prompt, identity=f"{fingerprint(model)} {target.identity}{how} ",
+                who="evaluate", prompt=prompt, identity=identity,
                 batch_size=batch_size, order=sources.order,
             )  # fmt: skip
     result = result_of(questions, chosen, replies, scoring, metric=metric_name, name=name)
