@@ -22,7 +22,11 @@ CONDITIONS = ("constant", "alone", "with", "noise", "mask", "corrupted")
 FRACTIONS = ("accuracy", "val_accuracy", "share", "recall@", "matching", "transfer", "pointing", "chance")
 """Prefixes of metric names, or of their last part, that are fractions in [0, 1] and displayed in percent."""
 
+PAIR_SCORES = ("text", "image", "group", "caption")
+"""First parts of the names of Winoground scores, which are fractions."""
+
 TITLES = {
+    **{name: f"{name.capitalize()} score" for name in PAIR_SCORES},
     "noise_attention_r": "Attention–noise correlation r",
     "noise_attention_r_own": "Attention–noise correlation r, per-sample noise",
     "air": "AIR",
@@ -155,11 +159,15 @@ def is_fraction(metric: str) -> bool:
     Example:
         >>> is_fraction("accuracy_noise/audio"), is_fraction("image_to_text/recall@5"), is_fraction("share_spread")
         (True, True, False)
+        >>> is_fraction("group/color"), is_fraction("image_to_text/rank")
+        (True, False)
     """
     known_metric = named_metric(metric)
     if known_metric is not None and known_metric.percent:
         return True
     parts = metric.split("/")
+    if parts[0] in PAIR_SCORES:
+        return True
     return any(part.startswith(FRACTIONS) for part in (parts[0], parts[-1])) and not parts[0].startswith("share_")
 
 
