@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import statistics
 from dataclasses import replace
 from pathlib import Path
@@ -104,6 +105,9 @@ def run(options: argparse.Namespace) -> None:
         source = sources[job.fold]
         samples = torch.arange(min(256, len(source.split("val"))))
         batch = source.batch("val", samples, seed=0, epoch=0, train=False)
+        if not (folder / "trace.json").is_file() and folder.is_dir():
+            # Interrupted: a resumed run would lack a part of its trace.
+            shutil.rmtree(folder)
         trace = Trace(batch, recipe.balancers["rollingq"].get("warmup_epochs", 0) + 1)
         with single_thread(), quiet_lightning():
             result = execute_run(
