@@ -89,7 +89,7 @@ def study_recipe(name: str, options: argparse.Namespace) -> recipes.Recipe:
 
 def run(options: argparse.Namespace) -> None:
     recipe = study_recipe(options.set, options)
-    names = [f"{base}{part}" for base in ("joint", "sgd") for part in ("", "+rollingq", "+random")]
+    names = [f"{base}{part}" for base in options.bases for part in ("", "+rollingq", "+random")]
     folds = options.folds.split(",") if options.folds else []
     out = options.out / (options.name or (options.set if options.turns == 1 else f"{options.set}_{options.turns}"))
     plan = comparison.plan_runs(recipe, names, options.seeds, folds)
@@ -149,6 +149,8 @@ def table(options: argparse.Namespace) -> None:
         for base, optimizer in (("joint", "recipe"), ("sgd", "SGD")):
             for part, name in (("rollingq", "anchor"), ("random", "random")):
                 method = f"{base}+{part}"
+                if (method, "accuracy") not in cells:
+                    continue
                 columns = [_difference(cells.get((method, m)), s) for m, s in METRICS]
                 traced = effects(folder, method, base)
                 count = cells[method, "accuracy"]["n"]
@@ -181,6 +183,10 @@ def main() -> None:
     one.add_argument("--seeds", type=int, default=5)
     one.add_argument("--folds", default="")
     one.add_argument("--sgd", type=float, default=0.05, help="learning rate of SGD")
+    one.add_argument(
+        "--bases", type=lambda text: text.split(","), default=["joint", "sgd"],
+        help="joint (optimizer of the recipe), sgd, or both",
+    )  # fmt: skip
     one.add_argument("--epochs", type=int, help="by default those of the recipe")
     one.add_argument(
         "--pretrained", type=Path, nargs=2, metavar=("WHISPER", "DINOV2"),
