@@ -41,6 +41,10 @@ FAMILIES = {
 FAMILY = {name: family for family, names in FAMILIES.items() for name in names}
 
 
+SETTINGS = ("severities", "distance", "form", "prototypes", "corruptions", "most_val", "most_test")
+"""Options that measurements depend on."""
+
+
 def split_batches(source: Any, split: str, most: int) -> list[dict[str, Any]]:
     """Batches of a split, of evenly spaced samples where it has more than ``most``."""
     count = len(source.split(split))
@@ -155,9 +159,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="file of the results; known runs are not repeated")
     options = parser.parse_args()
     base = options.runs / "runs" / options.fold
-    kept: dict[str, Any] = {"set": options.runs.name, "fold": options.fold, "alone": {}, "runs": {}}
+    settings = {name: getattr(options, name) for name in SETTINGS}
+    kept: dict[str, Any] = {
+        "set": options.runs.name, "fold": options.fold, "settings": settings, "alone": {}, "runs": {}
+    }  # fmt: skip
     if options.out.is_file():
         kept = json.loads(options.out.read_text(encoding="utf-8"))
+        if kept.get("settings", settings) != settings:
+            raise SystemExit(f"{options.out} was measured with {kept['settings']}; choose another --out")
     names = options.methods.split(",") if options.methods else sorted(path.name for path in base.iterdir())
     for seed in range(options.seeds):
         for path in base.glob(f"*/seed{seed}/run.json"):
