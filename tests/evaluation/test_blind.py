@@ -212,7 +212,9 @@ def test_target_timeouts_and_empty_replies(tmp_path):
     finally:
         stop.set()
     assert result.errors["given", 0] == "TimeoutError: no reply within 0.05 s"
-    assert result.verdict == "No question was answered: every call failed."
+    assert result.verdict == (
+        "No question was answered: every call failed; the first: TimeoutError: no reply within 0.05 s."
+    )
     assert result.save(tmp_path)
 
     def refuses(image, prompt):

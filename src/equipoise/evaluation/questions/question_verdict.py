@@ -20,7 +20,8 @@ def verdict_sentences(result: Any) -> list[str]:
     medium = {"image": "the image", "audio": "the audio"}.get(result.medium, "the media")
     accuracy, without = result.accuracy["given"], result.without
     if np.isnan(accuracy):
-        return ["No question was answered: every call failed.", *result.notes]
+        first = "".join(f"; the first: {error}" for error in list(result.errors.values())[:1])
+        return [f"No question was answered: every call failed{first}.", *result.notes]
     sentences = []
     if without is not None and result.as_well is not None:
         change = result.difference(without)
