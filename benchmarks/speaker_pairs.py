@@ -17,6 +17,7 @@ Set EQUIPOISE_DATA to the folder of the data."""
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from itertools import combinations
@@ -35,6 +36,8 @@ METRICS = ("accuracy", "accuracy_noise/audio", "accuracy_noise/image")
 def jackknife_p(differences: Mapping[tuple[str, str], Sequence[float]], members: Sequence[str]) -> float:
     """Returns the two-sided p-value of no difference, with the members of the pairs as a random factor.
 
+    NaN if all differences are equal.
+
     >>> pairs = list(combinations("abcd", 2))
     >>> round(jackknife_p({pair: [1.0 + ("a" in pair)] for pair in pairs}, "abcd"), 3)
     0.058
@@ -46,7 +49,7 @@ def jackknife_p(differences: Mapping[tuple[str, str], Sequence[float]], members:
     center, count = statistics.mean(left), len(members)
     error = ((count - 1) / count * sum((value - center) ** 2 for value in left)) ** 0.5
     mean = statistics.mean(value for values in differences.values() for value in values)
-    return float(2 * stats.t.sf(abs(mean) / error, count - 1)) if error else float(mean == 0)
+    return float(2 * stats.t.sf(abs(mean) / error, count - 1)) if error else math.nan
 
 
 def main() -> None:
@@ -78,7 +81,8 @@ def main() -> None:
             means = [statistics.mean(values) for values in found.values()]
             test = paired(means)
             cells += [
-                f"{100 * statistics.mean(means):+.1f}", f"{jackknife_p(found, SPEAKERS):.3f}", f"{test['p'] or 1:.3f}",
+                f"{100 * statistics.mean(means):+.1f}", f"{jackknife_p(found, SPEAKERS):.3f}",
+                f"{math.nan if test['p'] is None else test['p']:.3f}",
                 f"{test['higher']} of {test['pairs']}",
             ]  # fmt: skip
         else:

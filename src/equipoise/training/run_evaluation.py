@@ -81,7 +81,7 @@ def evaluate_run(
     values = {metric: _score(one, model) for metric, one in predictions.items()}
     each = {metric: pack_text(outcomes(one.logits, one.target, model.task)) for metric, one in predictions.items()}
     result: dict[str, Any] = {"metrics": values, "outcomes": each}
-    if (groups := source.split("test").groups) is not None:
+    if (groups := getattr(source.split("test"), "groups", None)) is not None:
         number = {name: index for index, name in enumerate(dict.fromkeys(groups))}
         result["groups"] = pack_text([number[name] for name in groups])
     if chosen:
