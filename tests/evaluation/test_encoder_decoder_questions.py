@@ -17,6 +17,10 @@ from helpers.encoder_decoders import build
 from helpers.look import WORDS, tokenizer
 
 FAMILIES = ("whisper", "moonshine", "pix2struct", "florence2")
+# Moonshine and Pix2Struct take the same paths as Whisper.
+FAST_FAMILIES = [
+    name if name in ("whisper", "florence2") else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES
+]
 CHOICES = {"one token": ["cat", "dog", "mat"], "several tokens": ["a cat sits", "dog", "the mat"]}
 ALL = ("given", "blank", "other", "hidden", "none")
 
@@ -66,7 +70,7 @@ def likelihoods(model, inputs, choices):
 
 
 @pytest.mark.parametrize("tokens", list(CHOICES))
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", FAST_FAMILIES)
 def test_likelihoods_are_those_of_the_model(name, tokens):
     model, processor, inputs = build(name)
     kind, choices = medium_of(inputs), CHOICES[tokens]
@@ -125,7 +129,7 @@ def test_conditions_that_the_model_has(name):
     assert alone.as_well is None
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", FAST_FAMILIES)
 def test_generated_answers_are_those_of_look(name):
     model, processor, inputs = build(name)
     kind = medium_of(inputs)
@@ -148,7 +152,7 @@ def test_generated_answers_are_those_of_look(name):
 
 
 @pytest.mark.parametrize("tokens", [*CHOICES, "generated"])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", FAST_FAMILIES)
 def test_batches_give_the_replies_of_single_questions(name, tokens):
     model, processor, inputs = build(name)
     rows = build_rows(medium_of(inputs), count=6, choices=CHOICES.get(tokens))

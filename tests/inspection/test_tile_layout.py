@@ -18,7 +18,12 @@ from helpers import encoder_decoders
 from helpers.look import QUESTION, build_llava, build_processor, wide_image
 from helpers.tiled_images import FAMILIES, build, image_embeddings, noise_image
 
-SIZES = [(120, 60), (70, 190), (100, 100), (64, 50), (200, 41)]
+SIZES = [
+    (120, 60),
+    (70, 190),
+    (100, 100),
+    *(pytest.param(size, marks=pytest.mark.slow) for size in [(64, 50), (200, 41)]),
+]
 
 
 def prepared(name, images):
