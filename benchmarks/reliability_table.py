@@ -9,8 +9,8 @@ p-values compare each method with the control (concat_aux+corruption without rel
 difference of the mean outcomes of each sample over seeds and damages, with the bootstrap of
 equipoise.results.significance. They are corrected by Holm's method over all methods and sets of the table.
 
-"p, groups" is not corrected. It is that of a t-test of the mean differences of the groups of test samples (subjects,
-speakers), with groups as a random factor; it is missing for data without groups, or with fewer than three."""
+"p, groups" is not corrected. It has the groups of test samples (subjects, speakers) as a random factor, see grouped_p in
+the same module; it is missing for data without groups, or with fewer than three."""
 
 from __future__ import annotations
 
@@ -22,8 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from equipoise.results.result_rows import paired
-from equipoise.results.significance import bootstrap_p, holm
+from equipoise.results.significance import bootstrap_p, grouped_p, holm
 
 CONTROL = "concat_aux+corruption"
 METHODS = (
@@ -75,19 +74,6 @@ def samples(runs: list[dict[str, Any]], which: int) -> np.ndarray:
     return np.mean([run["samples"]["unseen"][which] for run in runs], axis=0)
 
 
-def group_p(differences: np.ndarray, groups: list[str] | None) -> float | None:
-    """Two-sided p-value of a t-test of the means over groups; None for fewer than three.
-
-    >>> round(group_p(np.array([0.5, 0.0, 0.5, 1.0]), ["a", "b", "c", "c"]), 3)
-    0.199
-    """
-    names = sorted(set(groups or ()))
-    if len(names) < 3:
-        return None
-    member = np.array(groups)
-    return paired([float(differences[member == name].mean()) for name in names])["p"]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, nargs="+")
@@ -109,23 +95,14 @@ def main() -> None:
                 if not same:
                     change = samples(runs, which) - samples(others, 0)
                     tests.append(bootstrap_p(change))
-                    group = group_p(change, runs[0].get("groups"))
+                    groups = runs[0].get("groups")
+                    group = grouped_p(change, np.array(groups)) if len(set(groups or ())) > 2 else None
                 better = sum(
                     float(np.mean(run["samples"]["unseen"][which])) > float(np.mean(other["samples"]["unseen"][0]))
                     for run, other in zip(runs, others, strict=True)
                 )
-                lines.append(
-                    (
-                        title,
-                        method + suffix,
-                        len(seeds),
-                        values,
-                        None if same else len(tests) - 1,
-                        reference,
-                        better,
-                        group,
-                    )
-                )
+                index = None if same else len(tests) - 1
+                lines.append((title, method + suffix, len(seeds), values, index, reference, better, group))
     corrected = holm(tests)
     print(
         "| set | method | seeds | clean | noise | unseen | worst unseen | near | unseen, difference | p, groups | aim |"

@@ -53,8 +53,8 @@ class AVDigits(Dataset):
 
     Args:
         root: folder that contains ``fsdd/recordings`` and ``mnist``; EQUIPOISE_DATA takes precedence.
-        fold: "A" tests on theo and yweweler, "B" on george and jackson, "C" on lucas and nicolas. Tune on A only. Any
-            other pair of speakers in alphabetical order, such as "george-theo", is tested on as well.
+        fold: "A" tests on theo and yweweler, "B" on george and jackson, "C" on lucas and nicolas. Tune on A only. Or
+            a pair of test speakers in alphabetical order, such as "george-theo".
         audio_noise: standard deviation of the noise added to the standardized spectrogram, in every split.
         energy: fraction of the variance that the principal components of the images explain, in (0, 1].
         held_out: digits excluded from training and testing, such as [7, 8, 9]; the others are relabeled from 0. The
