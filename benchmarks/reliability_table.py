@@ -9,8 +9,8 @@ p-values compare each method with the control (concat_aux+corruption without rel
 difference of the mean outcomes of each sample over seeds and damages, with the bootstrap of
 equipoise.results.significance. They are corrected by Holm's method over all methods and sets of the table.
 
-"p, groups" is not corrected. It has the groups of test samples (subjects, speakers) as a random factor, see grouped_p in
-the same module; it is missing for data without groups, or with fewer than three."""
+"p, groups" is not corrected. It has the groups of test samples (subjects, speakers) as a random factor, see grouped_p
+in the same module; it is missing for data without groups, or with fewer than three."""
 
 from __future__ import annotations
 

@@ -144,7 +144,8 @@ class Reliability(HubMethods, nn.Module):
                 default all that fit the inputs, except ``missing``.
             kinds: modality -> kind of input, where the shape does not determine it (spectrograms).
             prototypes: number of training samples among which the nearest are searched, at random if there are more.
-                A prediction with 500 is faster than with thousands; see the costs on the page of benchmarks.
+                Fewer make predictions faster, and distances separate damaged inputs less well; see
+                benchmarks/neighbors.py.
             seed: of the damage, and of the choice of prototypes.
 
         Returns:

@@ -155,7 +155,7 @@ def grouped_p(differences: np.ndarray, groups: np.ndarray) -> float | None:
     Returns:
         None for a single group, and if the means of all groups are equal.
 
-    It is conservative for few groups of very different sizes.
+    With few groups of very different sizes the standard error, and with it p, tends to be too small.
 
     Example:
         >>> round(grouped_p(np.array([1, 1, 0, 1, 1, 1.0]), np.array([0, 0, 1, 1, 2, 2])), 3)
