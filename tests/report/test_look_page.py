@@ -1,5 +1,6 @@
 """The page of a look: whole and harmless whatever a token holds; used with a real browser, by mouse and by keyboard."""
 
+import functools
 import json
 import re
 
@@ -122,10 +123,21 @@ def test_invalid_inspection_raises(content, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@functools.cache
+def rendered(text):
+    return look_page(json.loads(text))
+
+
 @pytest.fixture
 def opened_page(open_page, tmp_path):
-    """Writes the page of an inspection and opens it."""
-    return lambda content, **options: open_page(look_report(content, tmp_path / "page.html"), data_urls=True, **options)
+    """Writes the page of an inspection, rendered once for equal content, and opens it."""
+
+    def visit(content, **options):
+        path = tmp_path / "page.html"
+        path.write_text(rendered(json.dumps(content)), encoding="utf-8")
+        return open_page(path, data_urls=True, **options)
+
+    return visit
 
 
 def displayed_value(view):
@@ -226,12 +238,16 @@ def test_image_is_below_its_map_and_can_be_shown_alone(opened_page, content):
     assert view.locator("#frame img").evaluate("e => e.naturalWidth") == 260
 
 
+def assert_no_horizontal_scrolling(view, *widths):
+    for width in widths:
+        view.set_viewport_size({"width": width, "height": 800})
+        assert view.evaluate("document.documentElement.scrollWidth") <= width
+
+
 @pytest.mark.browser
-@pytest.mark.parametrize("width", [360, 390, 1180])
-def test_page_has_no_horizontal_scrolling(opened_page, content, width):
+def test_page_has_no_horizontal_scrolling(opened_page, content):
     long = [{**token, "text": token["text"] * 30} for token in content["tokens"]]
-    view = opened_page(content | {"tokens": long}, width=width)
-    assert view.evaluate("document.documentElement.scrollWidth") <= width
+    assert_no_horizontal_scrolling(opened_page(content | {"tokens": long}), 360, 390, 1180)
 
 
 CHIPS = """() => {
@@ -319,12 +335,11 @@ def test_text_model_page_has_words_only(opened_page):
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize("width", [390, 1280])
-def test_several_images_have_one_map_each(opened_page, width):
+def test_several_images_have_one_map_each(opened_page):
     images = [wide_image(), wide_image(20, 20), wide_image(18, 26)]
     several = look(build_llava(), build_processor(), image=images, text=QUESTION, max_new_tokens=3)
-    view = opened_page(several.to_dict(), width=width)
-    assert view.evaluate("document.documentElement.scrollWidth") <= width
+    view = opened_page(several.to_dict())
+    assert_no_horizontal_scrolling(view, 1280, 390)
     maps = view.locator("canvas.map").evaluate_all("all => all.map(one => [one.toDataURL(), one.ariaLabel])")
     assert len({pixels for pixels, _ in maps}) == 3
     assert all(f"over image {number}." in label for number, (_, label) in enumerate(maps, start=1))
@@ -336,12 +351,11 @@ def test_several_images_have_one_map_each(opened_page, width):
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize("width", [390, 1280])
-def test_tiles_and_overview_are_drawn_over_the_visible_image(opened_page, width):
+def test_tiles_and_overview_are_drawn_over_the_visible_image(opened_page):
     model, processor = tiled_images.build("llava_next")
     inspection = look(model, processor, image=wide_image(120, 60), text=QUESTION, max_new_tokens=2)
-    view = opened_page(inspection.to_dict(), width=width)
-    assert view.evaluate("document.documentElement.scrollWidth") <= width
+    view = opened_page(inspection.to_dict())
+    assert_no_horizontal_scrolling(view, 1280, 390)
     tiles, overview = view.locator("canvas.map").evaluate_all(
         "all => all.map(one => ({size: [one.width, one.height], label: one.ariaLabel, alpha:"
         " [...one.getContext('2d').getImageData(0, 0, one.width, one.height).data].filter((_, i) => i % 4 === 3)}))"
