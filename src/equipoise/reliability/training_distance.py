@@ -11,7 +11,7 @@ from ..tokens.masks import at_least_float32, full_precision
 
 NEIGHBORS = 5
 """Number of nearest training samples, k."""
-CANDIDATES = 15
+CANDIDATES = 10
 """Number of training samples in a block whose distances are computed exactly."""
 PROTOTYPES = 100_000
 """Default of the number of training samples above which a random subset of them serves as prototypes."""
@@ -142,7 +142,8 @@ class TrainingDistance(nn.Module):
             # Matrix products select candidates; their distances are computed without cancellation.
             order = torch.addmm(squares, rows.detach(), block.T, alpha=-2)
             near = order.topk(min(CANDIDATES, len(block)), dim=1, largest=False).indices
-            best = torch.cat([best, (rows[:, None] - block[near]).norm(dim=2)], dim=1)
+            candidates = block.index_select(0, near.flatten()).unflatten(0, near.shape)
+            best = torch.cat([best, (rows[:, None] - candidates).norm(dim=2)], dim=1)
             best = best.topk(min(NEIGHBORS, best.shape[1]), dim=1, largest=False).values
         return best.mean(dim=1)
 
