@@ -15,6 +15,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 
@@ -82,7 +83,7 @@ def measure_recipe(name: str, options: argparse.Namespace) -> None:
     inputs = next(iter(source.batches("test", options.batch_size, seed=0, epoch=0, train=False)))
     for base in ("concat", "joint"):
         torch.manual_seed(0)
-        model, _ = build_model(parse_method(base, recipe), recipe, source)
+        model: Any = build_model(parse_method(base, recipe), recipe, source)[0]
         cells = measure(model, train, val, inputs, options)
         print(f"| {name} | {len(source.names)} | {len(source.split('train'))} | {cells}", flush=True)
 
