@@ -25,6 +25,13 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+@pytest.fixture(autouse=True, scope="module")
+def freeze_earlier_objects():
+    """Excludes what earlier modules imported from garbage collections; Trainers run one after each training."""
+    gc.collect()
+    gc.freeze()
+
+
 QUIET = (
     "--no-sandbox",
     "--disable-gpu",

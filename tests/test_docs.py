@@ -1,6 +1,5 @@
 """The code of the documentation: every Python block, every notebook and every link works."""
 
-import os
 import re
 import textwrap
 from pathlib import Path
@@ -16,9 +15,13 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *(page for page in sorted(DOCS.rglob("*.md")) if "_build" not in page.parts)]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+FAST_NOTEBOOK = "measure_vlm"
 QUICKSTARTS = (DOCS / "start" / "quickstarts.md").read_text(encoding="utf-8")
 # Pages that the tests of their part of the package run, with inputs of their own.
-RUN_ELSEWHERE = ("diagnostics/", "methods/", "diagnose.md", "evaluate.md", "hugging_face.md", "look.md", "whisper.md")
+RUN_ELSEWHERE = (
+    "data/av_digits.md", "data/digits.md", "data/emoji.md", "diagnostics/", "methods/", "diagnose.md", "evaluate.md",
+    "hugging_face.md", "look.md", "whisper.md",
+)  # fmt: skip
 
 
 def code_blocks(page: Path) -> list[str]:
@@ -60,8 +63,6 @@ def training_context() -> dict[str, object]:
 
 @pytest.mark.parametrize("page", RUN_HERE, ids=page_name)
 def test_python_blocks_run_in_order(page, monkeypatch, tmp_path):
-    if page.name == "av_digits.md" and "EQUIPOISE_DATA" not in os.environ:
-        pytest.skip("needs the data set")
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     names: dict[str, object] = {"__name__": "page"}
@@ -99,7 +100,17 @@ def test_named_files_exist(page):
     assert not missing
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_fast_notebook_exists():
+    assert FAST_NOTEBOOK in {path.stem for path in NOTEBOOKS}
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, marks=[] if path.stem == FAST_NOTEBOOK else pytest.mark.slow, id=path.stem)
+        for path in NOTEBOOKS
+    ],
+)
 # Warnings of the client's own event loop are not about the notebooks.
 @pytest.mark.filterwarnings("ignore")
 def test_notebooks_run(path, tmp_path):

@@ -55,14 +55,23 @@ def python(program, blocked):
     )
 
 
-def core_programs(*commands):
-    """Runs commands one after another in an interpreter without extras; returns their exit codes and outputs."""
+COMMANDS = ("--help", "demo", "compare", "train", "recipes ls", "diagnose x", "look x --text y")
+
+
+@pytest.fixture(scope="module")
+def core_results():
+    """The sum of shares in an interpreter without extras, and the exit codes and outputs of commands in it."""
     program = f"""
 import contextlib, io, json
+import torch, equipoise as eq
+
+q = torch.randn(1, 2, 3, 4)
+total = eq.attend(q, q, q, modality=torch.tensor([0, 0, 1]), num_modalities=2).share.sum().item()
+
 from equipoise.cli import main
 
 results = []
-for arguments in {list(map(str.split, commands))!r}:
+for arguments in {list(map(str.split, COMMANDS))!r}:
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
@@ -70,7 +79,7 @@ for arguments in {list(map(str.split, commands))!r}:
         except SystemExit as end:
             code = end.code
     results.append((code, out.getvalue(), err.getvalue()))
-print(json.dumps(results))
+print(json.dumps([total, results]))
 """
     done = python(program, PACKAGES)
     assert done.returncode == 0, done.stderr
@@ -98,15 +107,8 @@ def test_core_dependencies():
     assert requirements("all") == {"equipoise[train,report,hf,lora,cluster,search]"}
 
 
-def test_core_works_without_extras():
-    done = python(
-        "import torch, equipoise as eq\n"
-        "q = torch.randn(1, 2, 3, 4)\n"
-        "print(eq.attend(q, q, q, modality=torch.tensor([0, 0, 1]), num_modalities=2).share.sum().item())",
-        PACKAGES,
-    )
-    assert done.returncode == 0, done.stderr
-    assert float(done.stdout) == pytest.approx(6.0)
+def test_core_works_without_extras(core_results):
+    assert core_results[0] == pytest.approx(6.0)
 
 
 def test_watch_needs_transformers_only():
@@ -116,26 +118,30 @@ def test_watch_needs_transformers_only():
 
 
 @pytest.mark.parametrize(
-    ("name", "package", "extra"),
-    [("lightning", "lightning", "train"), ("hf", "accelerate", "hf"), ("look", "pillow", "train"),
-     ("report.report", "jinja2", "report"), ("load", "lightning", "train"), ("training.compare", "scipy", "train")],
-)  # fmt: skip
-def test_missing_extra_is_named_in_the_error(name, package, extra):
-    blocked = {module for module in PACKAGES if DISTRIBUTIONS.get(module, module) == package}
-    done = python(
-        f"import equipoise as eq\ntry:\n    eq.{name}\nexcept ImportError as error:\n    print(error)", blocked
+    "missing",
+    [
+        (("hf", "accelerate", "hf"), ("report.report", "jinja2", "report"), ("training.compare", "scipy", "train")),
+        (("look", "pillow", "train"), ("lightning", "lightning", "train"), ("load", "lightning", "train")),
+    ],
+    ids=["accelerate, jinja2, scipy", "pillow, lightning"],
+)
+def test_missing_extra_is_named_in_the_error(missing):
+    packages = {package for _, package, _ in missing}
+    blocked = {module for module in PACKAGES if DISTRIBUTIONS.get(module, module) in packages}
+    program = "import equipoise as eq\n" + "".join(
+        f"try:\n    eq.{name}\nexcept ImportError as error:\n    print(error)\n" for name, *_ in missing
     )
-    assert done.stdout.strip() == (
+    assert python(program, blocked).stdout.splitlines() == [
         f"eq.{name}: expected the package '{package}', got none installed. Install it: pip install 'equipoise[{extra}]'"
-    )
+        for name, package, extra in missing
+    ]
 
 
-def test_commands_without_extras_exit_with_2():
-    commands = ["demo", "compare", "train", "recipes ls", "diagnose x", "look x --text y"]
-    (code, out, err), *others = core_programs("--help", *commands)
+def test_commands_without_extras_exit_with_2(core_results):
+    (code, out, err), *others = core_results[1]
     assert (code or 0, err) == (0, "")
     assert "equipoise demo" in out
-    for command, (code, _, err) in zip(commands, others, strict=True):
+    for command, (code, _, err) in zip(COMMANDS[1:], others, strict=True):
         assert code == 2
         (line,) = err.splitlines()
         assert line.startswith(f"equipoise: equipoise {command.split()[0]}: expected the package ")

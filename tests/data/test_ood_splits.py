@@ -31,7 +31,7 @@ published = pytest.mark.skipif(
 NAMES = ["digits", pytest.param("av_digits", marks=published)]
 
 
-@pytest.fixture(scope="module", params=NAMES)
+@pytest.fixture(scope="module", params=["digits", pytest.param("av_digits", marks=[published, pytest.mark.slow])])
 def full_and_held_out(request):
     """The whole data set, and the one without some classes."""
     return data.load_dataset(request.param), data.load_dataset(request.param, held_out=HELD)

@@ -331,13 +331,6 @@ FAULTS = {
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def freeze_earlier_objects():
-    """Excludes what earlier modules left from the garbage collection after each test."""
-    gc.collect()
-    gc.freeze()
-
-
 @pytest.fixture(autouse=True)
 def close_files():
     """The csv reader of datasets leaves a file open when it cannot parse it."""

@@ -1,5 +1,6 @@
 """Encoder-decoders on questions with and without their media: four families, planted behavior, and bad input."""
 
+import functools
 import json
 
 import numpy as np
@@ -69,8 +70,19 @@ def likelihoods(model, inputs, choices):
     return values
 
 
-@pytest.mark.parametrize("tokens", list(CHOICES))
-@pytest.mark.parametrize("name", FAST_FAMILIES)
+# Each family and each kind of choice once; the other pairs are slow tests.
+FAST_PAIRS = (("whisper", "one token"), ("florence2", "several tokens"), ("whisper", "generated"))
+
+
+def pairs(*kinds):
+    return [
+        (name, kind) if (name, kind) in FAST_PAIRS else pytest.param(name, kind, marks=pytest.mark.slow)
+        for name in FAMILIES
+        for kind in kinds
+    ]
+
+
+@pytest.mark.parametrize(("name", "tokens"), pairs(*CHOICES))
 def test_likelihoods_are_those_of_the_model(name, tokens):
     model, processor, inputs = build(name)
     kind, choices = medium_of(inputs), CHOICES[tokens]
@@ -100,7 +112,7 @@ def mean_color(rows):
     return tuple(int(part) for part in mean.round())
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", FAST_FAMILIES)
 def test_conditions_that_the_model_has(name):
     model, processor, inputs = build(name)
     kind = medium_of(inputs)
@@ -129,7 +141,9 @@ def test_conditions_that_the_model_has(name):
     assert alone.as_well is None
 
 
-@pytest.mark.parametrize("name", FAST_FAMILIES)
+@pytest.mark.parametrize(
+    "name", [name if name == "whisper" else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
+)
 def test_generated_answers_are_those_of_look(name):
     model, processor, inputs = build(name)
     kind = medium_of(inputs)
@@ -151,8 +165,7 @@ def test_generated_answers_are_those_of_look(name):
         assert reply == tokenizer().decode(ids, skip_special_tokens=True).strip()
 
 
-@pytest.mark.parametrize("tokens", [*CHOICES, "generated"])
-@pytest.mark.parametrize("name", FAST_FAMILIES)
+@pytest.mark.parametrize(("name", "tokens"), pairs(*CHOICES, "generated"))
 def test_batches_give_the_replies_of_single_questions(name, tokens):
     model, processor, inputs = build(name)
     rows = build_rows(medium_of(inputs), count=6, choices=CHOICES.get(tokens))
@@ -196,6 +209,7 @@ def tone(word, random):
     )
 
 
+@functools.cache
 def train_whisper(uses):
     """Trains a Whisper whose answer is the word of the tone, or that of the question."""
     model, processor, _ = build("whisper")

@@ -139,13 +139,19 @@ def test_accumulated_batches_equal_one_large_batch(tmp_path):
 @pytest.mark.parametrize(
     ("balancers", "step", "options"),
     [
-        (build_both, 5, {"dropout": 0.2}),
+        pytest.param(build_both, 5, {"dropout": 0.2}, marks=pytest.mark.slow),
         (build_both, 7, {"dropout": 0.2}),
-        (lambda made: [eq.balance.GradientBlending(made, every=1)], 5, {"fusion": eq.fusion.Concat}),
-        (
+        pytest.param(
+            lambda made: [eq.balance.GradientBlending(made, every=1)],
+            5,
+            {"fusion": eq.fusion.Concat},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
             lambda made: [eq.balance.ProgressiveRollingQ(made.fusion, epochs=EPOCHS, beta=0.0, tail=None)],
             7,
             {"depth": 2},
+            marks=pytest.mark.slow,
         ),
         (
             lambda made: [

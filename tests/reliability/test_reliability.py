@@ -10,6 +10,7 @@ from torch import nn
 
 import equipoise as eq
 from equipoise.errors import ConfigError, DataError, EquipoiseError, ShapeError
+from equipoise.reliability import fitting
 from equipoise.reliability.damaged_validation import InputMoments, damaged_batch
 from helpers.fusion import FEATURES, OUTPUTS, batch, joint_model
 from helpers.fusion_cases import FUSIONS
@@ -39,9 +40,9 @@ def trained_model(names=PAIR, *, fusion=None, unimodal="probe", task="classifica
     return eq.FusionModel(encoders, fusion, OUTPUTS, task=task, unimodal=unimodal).to(dtype).eval()
 
 
-def fit_reliability(net, *, names=PAIR, task="classification", dtype=torch.float64, **options):
-    train = random_data(names, dtype=dtype, task=task)
-    val = random_data(names, seed=50, dtype=dtype, task=task)
+def fit_reliability(net, *, names=PAIR, task="classification", dtype=torch.float64, parts=2, **options):
+    train = random_data(names, dtype=dtype, task=task, parts=parts)
+    val = random_data(names, seed=50, dtype=dtype, task=task, parts=parts)
     return eq.Reliability.fit(net, train, val, **options)
 
 
@@ -104,21 +105,32 @@ def test_reliability_of_1_equals_the_model(distance, form):
 
 
 @pytest.mark.parametrize("fusion", sorted(FUSIONS))
-def test_every_fusion(fusion):
+def test_every_fusion(fusion, monkeypatch):
+    # The fit runs the model for each subset of each copy of the validation data.
+    monkeypatch.setattr(fitting, "COPIES", 2)
     names = ("audio", "image", "text")
     net = trained_model(names, fusion=FUSIONS[fusion](12))
-    reliable = fit_reliability(net, names=names)
+    reliable = fit_reliability(net, names=names, parts=1)
     inputs = batch(names, size=7, seed=9)
     expected = enumerated_prediction(reliable, inputs, names)
     assert torch.allclose(reliable(inputs).logits.exp(), expected, rtol=1e-6, atol=1e-9)
     assert torch.equal(reliable(inputs, rho=1).logits, net(inputs).logits)
-    conformal = fit_reliability(net, names=names, form="conformal", alpha=0.3)
+    conformal = fit_reliability(net, names=names, form="conformal", alpha=0.3, parts=1)
     assert bool(conformal(inputs).logits.isfinite().all())
 
 
-@pytest.mark.parametrize("distance", DISTANCES)
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("unimodal", ["probe", "ensemble", "none"])
+@pytest.mark.parametrize(
+    ("unimodal", "distance"),
+    [
+        # The heads and the distances do not depend on each other.
+        (unimodal, distance)
+        if unimodal == "probe" or distance == "knn"
+        else pytest.param(unimodal, distance, marks=pytest.mark.slow)
+        for unimodal in ("probe", "ensemble", "none")
+        for distance in DISTANCES
+    ],
+)
 def test_missing_modalities_are_masked(distance, form, unimodal):
     names = ("audio", "image", "text")
     net = trained_model(names, unimodal=unimodal)

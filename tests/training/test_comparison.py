@@ -126,6 +126,7 @@ def test_statistics_are_paired(finished_comparison):
     assert rows["joint", "accuracy"]["reference"] == "concat"
 
 
+@pytest.mark.slow
 def test_workers_do_not_change_results(finished_comparison, tmp_path):
     content = compare(recipe(epochs=2), METHODS[1:], seeds=1, out=tmp_path, workers=2)
     expected = [

@@ -10,6 +10,8 @@ import pytest
 from equipoise.errors import ConfigError
 from equipoise.results import result_rows
 from equipoise.training.comparison import compare
+from equipoise.training.run import execute_run
+from equipoise.training.run_spec import RunSpec
 from helpers.runs import (
     Forked,
     assert_same_weights,
@@ -77,10 +79,8 @@ def test_compare_killed_three_times(uninterrupted_results, tmp_path):
         assert_same_weights(weights(straight / "runs/all" / run), weights(out / "runs/all" / run))
 
 
-def test_train_killed_three_times(uninterrupted_results, tmp_path):
-    full = next(
-        run for run in uninterrupted_results[0]["runs"] if run["method"] == "joint+rollingq" and run["seed"] == 1
-    )
+def test_train_killed_three_times(tmp_path):
+    full = execute_run(RunSpec(recipe(), "joint+rollingq", 1), tmp_path / "uninterrupted")
     config, out = write_recipe(tmp_path / "r.yaml"), tmp_path / "out"
     command = ["train", "--config", config, "--method", "joint+rollingq", "--seed", 1, "--out", out]
     command += ["--accelerator", "cpu", "--resume"]
@@ -115,7 +115,6 @@ def test_ctrl_c_in_compare(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_ctrl_c_in_compare_while_workers_train(tmp_path):
     config, out = write_recipe(tmp_path / "r.yaml", recipe(epochs=LONG)), tmp_path / "out"
     command = ["compare", "--config", config, "--methods", "concat,joint", "--out", out, "--workers", 2]
@@ -143,7 +142,7 @@ def test_ctrl_c_in_train(tmp_path):
 def test_killed_worker_raises_and_finished_runs_are_kept(tmp_path):
     # Long enough that the worker still trains when its first epoch is told.
     plan = recipe(epochs=30)
-    compare(plan, ["concat"], seeds=1, out=tmp_path, workers=0)
+    compare(plan, ["image"], seeds=1, out=tmp_path, workers=0)
     known = children(os.getpid())
 
     def kill(job, done, epochs):
@@ -153,5 +152,5 @@ def test_killed_worker_raises_and_finished_runs_are_kept(tmp_path):
     with pytest.raises(
         ConfigError, match=r"compare: expected running worker processes, got a worker process that was killed.*kept"
     ):
-        compare(plan, ["concat", "joint"], seeds=1, out=tmp_path, workers=1, listener=kill)
-    assert [run["method"] for run in result_rows.load_results(tmp_path)["runs"]] == ["concat"]
+        compare(plan, ["image", "joint"], seeds=1, out=tmp_path, workers=1, listener=kill)
+    assert [run["method"] for run in result_rows.load_results(tmp_path)["runs"]] == ["image"]

@@ -37,7 +37,13 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+# The other cases are parts of these.
+FAST = ("accumulation", "clip, sgd, heads teach", "progressive, pass")
+
+
+@pytest.mark.parametrize(
+    "case", [case if case in FAST else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
+)
 def test_resumed_run_is_bit_exact(case, tmp_path):
     method, balancers, train = CASES[case]
     this = run_spec(method, balancers=balancers, **train)
