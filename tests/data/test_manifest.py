@@ -182,6 +182,17 @@ def test_targets():
     assert Manifest(frame, target="count", task="regression").task == "regression"
 
 
+@pytest.mark.parametrize("blank", [None, " "])
+def test_rows_without_a_group_are_groups_of_their_own(blank):
+    speakers = ["ann", "bob", "cy", "dee"] * 5 + [blank] * 20
+    columns = {"x": list(np.arange(40.0)), "label": ["yes", "no"] * 20, "speaker": speakers}
+    manifest = Manifest(pd.DataFrame(columns), target="label", group="speaker")
+    assert len(set(manifest.groups_of(np.arange(40)))) == 24
+    parts = manifest.split_rows()
+    assert all(len(set(rows) & set(range(20, 40))) for rows in parts.values())
+    assert "group: 20 of 40 rows have no speaker; each is a group of its own" in manifest.describe()
+
+
 def test_groups_are_in_one_split_only():
     random = np.random.default_rng(1)
     group = random.integers(0, 17, 200).tolist()

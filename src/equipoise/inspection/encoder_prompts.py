@@ -108,4 +108,7 @@ def start_tokens(model: Any, tokenizer: Any) -> Int[Tensor, "1 token"]:
             # BART-like decoders, as of Florence-2, always write this token first.
             forced = getattr(model.generation_config, "forced_bos_token_id", None)
             return torch.tensor([[token for token in (start, plain, forced) if isinstance(token, int)]])
-    raise ConfigError("look", expected="a decoder_start_token_id in the configuration", got="none")
+    raise ConfigError(
+        type(model).__name__, expected="a decoder_start_token_id in the configuration", got="none",
+        fix="Set model.generation_config.decoder_start_token_id to the token that starts the decoder's text.",
+    )  # fmt: skip

@@ -96,9 +96,15 @@ def _present(table: datasets.Dataset, columns: Sequence[str]) -> np.ndarray:
     present = np.zeros(len(table), dtype=bool)
     for column in columns:
         cells = table[column][:]
-        present |= np.array([not (cell is None or cell != cell or (isinstance(cell, str) and not cell.strip()))
-                             if not isinstance(cell, (list, dict)) else bool(cell) for cell in cells])  # fmt: skip
+        present |= np.array([not is_blank(cell) for cell in cells])
     return present
+
+
+def is_blank(cell: Any) -> bool:
+    """Returns whether a cell has no value: None, NaN, a text of spaces, or an empty list."""
+    if isinstance(cell, (list, dict)):
+        return not cell
+    return cell is None or cell != cell or (isinstance(cell, str) and not cell.strip())
 
 
 def matching_rows(table: datasets.Dataset, modalities: Mapping[str, Modality]) -> np.ndarray:

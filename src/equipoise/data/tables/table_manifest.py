@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...errors import ConfigError, DataError, unknown_name
 from .column_kinds import find_modalities, modalities_from_options
-from .column_pairs import complete_rows, matching_rows, pair_modalities, shared_cells
+from .column_pairs import complete_rows, is_blank, matching_rows, pair_modalities, shared_cells
 from .modality_readers import BLOCK
 from .row_splits import split_rows
 from .table_reading import SPLIT, read_table
@@ -38,7 +38,8 @@ class Manifest:
             hold numbers. None with ``pair``.
         pair: columns to align instead of a target, such as images and their captions. Rows that lack one of them are
             not used; rows with the same text (case and punctuation aside) or the same file match each other.
-        group: column of groups that must not be in two splits, such as the speaker.
+        group: column of groups that must not be in two splits, such as the speaker. A row without a value is a group
+            of its own.
         split: column with train, val or test in each row; by default the column "split" if there is one.
         weight: column of sampling weights of training rows.
         kinds: column -> kind ("audio", "image", "video", "frames", "text", "vector", "sequence", "array", "number",
@@ -155,7 +156,7 @@ class Manifest:
     def split_rows(self, *, folds: int = 5, fold: int = 0, seed: int = 0) -> dict[str, np.ndarray]:
         """Returns {"train": rows, "val": rows, "test": rows}; see ``row_splits.split_rows``."""
         split = None if self.split is None else self.table[self.split][:]
-        group = self.shared_files()[1] if self.group is None else self.table[self.group][:]
+        group: Sequence[object] | None = self.shared_files()[1] if self.group is None else self.group_names()
         classes = self.target.numpy() if self.task == "classification" else None
         if self.pair:
             split = None if split is None else [split[row] for row in self.usable]
@@ -169,7 +170,16 @@ class Manifest:
         """Returns the groups of rows, from the column of groups; None without such a column."""
         if self.group is None:
             return None
-        return [str(name) for name in self.table.select_columns(self.group)[rows][self.group]]
+        names = self.group_names()
+        return [names[row] for row in rows]
+
+    def group_names(self) -> list[str]:
+        """Returns the group of each row of the table; a row without one is a group of its own."""
+        assert self.group is not None
+        return [
+            f"row {row + 1}, no {self.group}" if is_blank(value) else str(value)
+            for row, value in enumerate(self.table[self.group][:])
+        ]
 
     def shared_files(self) -> tuple[str, list[int] | None]:
         """Returns the first modality of pairs with the same file in several rows, and the number of each row's file.
@@ -198,6 +208,8 @@ class Manifest:
             lines.append(f"{name}: {one.kind} ({columns})")
         if self.unused:
             lines.append(f"not used: {', '.join(self.unused)}")
+        if self.group is not None and (lacking := sum(map(is_blank, self.table[self.group][:]))):
+            lines.append(f"group: {lacking} of {len(self)} rows have no {self.group}; each is a group of its own")
         if self.pair:
             lacking = len(self) - len(self.usable)
             lines.append(
