@@ -21,20 +21,29 @@ HEAVY = (
 )
 
 
-def loaded_modules(statement):
-    """Names in `sys.modules` of a new interpreter after it executed a statement."""
-    program = f"{statement}\nimport json, sys\nprint(json.dumps(sorted(sys.modules)))"
-    result = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
-    return set(json.loads(result.stdout.splitlines()[-1]))
+PROGRAM = """
+import json, sys
+
+for name in ("torch", "equipoise", "equipoise.cli", "jinja2"):
+    __import__(name)
+    print(json.dumps([name, sorted(sys.modules)]))
+"""
 
 
 @pytest.fixture(scope="module")
-def blocked_imports():
-    return loaded_modules("import equipoise")
+def loaded_modules():
+    """Names in `sys.modules` of a new interpreter after each of several imports in this order."""
+    result = subprocess.run([sys.executable, "-c", PROGRAM], check=True, capture_output=True, text=True)
+    return {name: set(modules) for name, modules in map(json.loads, result.stdout.splitlines())}
 
 
-def test_check_detects_a_heavy_package():
-    assert "jinja2" in loaded_modules("import jinja2")
+@pytest.fixture
+def blocked_imports(loaded_modules):
+    return loaded_modules["equipoise"]
+
+
+def test_check_detects_a_heavy_package(loaded_modules):
+    assert "jinja2" in loaded_modules["jinja2"] - loaded_modules["equipoise"]
 
 
 @pytest.mark.parametrize("package", HEAVY)
@@ -42,9 +51,9 @@ def test_import_loads_no_heavy_packages(blocked_imports, package):
     assert package not in blocked_imports
 
 
-def test_import_does_not_load_the_compiler_unless_torch_does(blocked_imports):
+def test_import_does_not_load_the_compiler_unless_torch_does(blocked_imports, loaded_modules):
     # It takes longer to import than torch itself.
-    assert "torch._dynamo" not in blocked_imports - loaded_modules("import torch")
+    assert "torch._dynamo" not in blocked_imports - loaded_modules["torch"]
 
 
 @pytest.mark.parametrize(("name", "module"), sorted(eq._LAZY_MODULES.items()))
@@ -63,6 +72,6 @@ def test_unknown_attributes_raise_an_error():
         _ = eq.rolingq
 
 
-def test_command_line_parsing_does_not_load_the_trainer():
+def test_command_line_parsing_does_not_load_the_trainer(loaded_modules):
     heavy = {"lightning", "transformers", "matplotlib", "sklearn", "pandas", "torchmetrics"}
-    assert not heavy & loaded_modules("import equipoise.cli")
+    assert not heavy & loaded_modules["equipoise.cli"]

@@ -184,7 +184,10 @@ def recordings():
 
 
 @published
-@pytest.mark.parametrize("fold", ["A", "B", "C", "george-theo"])
+@pytest.mark.parametrize(
+    "fold",
+    ["A", pytest.param("B", marks=pytest.mark.slow), pytest.param("C", marks=pytest.mark.slow), "george-theo"],
+)
 def test_speakers_of_splits_match_the_data_card(fold, recordings):
     data = load_dataset("av_digits", fold=fold)
     tests = torch.tensor([SPEAKERS[s] in FOLDS[fold] for s in recordings.speaker.tolist()])

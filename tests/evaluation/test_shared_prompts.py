@@ -50,7 +50,7 @@ def build_rows(count=3):
              "answer": CHOICES[index % 3]} for index in range(count)]  # fmt: skip
 
 
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_prompts_are_read_once(size):
     model, processor = build_llava(), build_processor()
     tokens = []

@@ -261,7 +261,17 @@ class FixedProcessor:
 
 @pytest.mark.parametrize(
     "name",
-    ["llava", "internvl", "gemma3", "paligemma", "idefics3", "smolvlm", "qwen2_vl", "qwen3_vl", "blip2", "qwen2_audio"],
+    [
+        "llava",
+        "idefics3",
+        "qwen3_vl",
+        "blip2",
+        "qwen2_audio",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("internvl", "gemma3", "paligemma", "smolvlm", "qwen2_vl")
+        ),
+    ],
 )
 def test_families(name, tmp_path):
     model, inputs = family(name)

@@ -63,7 +63,10 @@ def test_random_weights_need_only_a_configuration_and_are_deterministic(model_fo
         load_pretrained(bare_folder)
 
 
-@pytest.mark.parametrize("name", ["llava", "internvl", "gemma3", "paligemma", "blip2"])
+@pytest.mark.parametrize(
+    "name",
+    ["llava", "blip2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("internvl", "gemma3", "paligemma"))],
+)
 def test_folder_with_only_a_configuration(name, tmp_path, capsys):
     config = family(name)[0].config
     config.get_text_config().vocab_size = 300

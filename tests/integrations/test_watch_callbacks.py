@@ -223,7 +223,10 @@ def calm():
         yield
 
 
-@pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 2}, {"gradient_checkpointing": True}])
+@pytest.mark.parametrize(
+    "options",
+    [pytest.param({}, marks=pytest.mark.slow), {"gradient_accumulation_steps": 2}, {"gradient_checkpointing": True}],
+)
 def test_a_vision_language_model_under_trainer_is_unchanged(options, tmp_path, calm):
     plain, samples = vlm()
     hf_trainer(tmp_path, plain, samples, **options).train()

@@ -384,7 +384,7 @@ class PatternData:
 def train_on_patterns(**options):
     model, source = build_model(dtype=torch.float32, width=8, **options), PatternData()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
-    for epoch in range(2):
+    for epoch in range(3):
         for batch in source.batches("train", 64, seed=0, epoch=epoch, train=True):
             optimizer.zero_grad()
             sum(model.losses(batch).values()).backward()

@@ -98,7 +98,9 @@ def test_models_with_added_weights_raise(tmp_path):
     assert not (tmp_path / "saved").exists()
 
 
-@pytest.mark.parametrize("method", ["joint+rollingq", "concat+pmr", "joint+reliability", "image"])
+@pytest.mark.parametrize(
+    "method", ["joint+rollingq", pytest.param("concat+pmr", marks=pytest.mark.slow), "joint+reliability", "image"]
+)
 def test_runs_of_recipes_are_saved_without_their_data(method, tmp_path):
     execute_run(run_spec(method, epochs=2), tmp_path / "run")
     model = eq.load(tmp_path / "run")

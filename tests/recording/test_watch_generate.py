@@ -128,8 +128,18 @@ def case(name):
     return model, inputs, options
 
 
-@pytest.mark.parametrize("queries", ["last", "all", "text"])
-@pytest.mark.parametrize("name", CASES)
+QUERIES = ("last", "all", "text")
+
+
+@pytest.mark.parametrize(
+    ("name", "queries"),
+    [
+        # Each way of generating with one kind of queries, in turn; the other pairs are slow tests.
+        pytest.param(name, kind, marks=[] if number in (index % 3, index) else pytest.mark.slow)
+        for index, name in enumerate(CASES)
+        for number, kind in enumerate(QUERIES)
+    ],
+)
 def test_rows_are_the_returned_sequences(name, queries):
     model, inputs, options = case(name)
     torch.manual_seed(3)
