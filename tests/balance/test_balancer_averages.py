@@ -1,6 +1,7 @@
 """Every balancer with an average of the weights beside it: training is not disturbed, and the average is a model."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -30,15 +31,22 @@ class StateDictAverage:
 AVERAGES["state dict"] = StateDictAverage
 
 
+@functools.cache
+def trained_alone(name):
+    """Returns the logs of two epochs without an average, and the model after them."""
+    model, balancing = build_with_balancer(name)
+    optimizer = sgd(model, balancing)
+    return [train(model, balancing, optimizer, 1, first=number) for number in range(2)], model
+
+
 @pytest.mark.parametrize("kind", AVERAGES)
 @pytest.mark.parametrize("name", BALANCERS)
 def test_weight_average_does_not_change_training(name, kind):
-    (alone, first), (model, second) = build_with_balancer(name), build_with_balancer(name)
-    average = AVERAGES[kind](model)
-    optimizers = sgd(alone, first), sgd(model, second)
-    for number in range(2):
-        [log] = train(alone, first, optimizers[0], 1, first=number)
-        [other] = train(model, second, optimizers[1], 1, first=number)
+    logs, alone = trained_alone(name)
+    model, balancing = build_with_balancer(name)
+    average, optimizer = AVERAGES[kind](model), sgd(model, balancing)
+    for number, [log] in enumerate(logs):
+        [other] = train(model, balancing, optimizer, 1, first=number)
         assert other == pytest.approx(log, rel=0, abs=0, nan_ok=True)
         average.update_parameters(model)
         eval_logits(average.module)

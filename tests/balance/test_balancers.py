@@ -142,7 +142,7 @@ def test_one_output(name):
 
 
 @everywhere
-@pytest.mark.parametrize("stop", [1, 2])
+@pytest.mark.parametrize("stop", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_resumed_training_equals_uninterrupted_training(name, fusion, stop):
     model, balancing = build_with_balancer(name, fusion=fusion)
     optimizer = sgd(model, balancing)

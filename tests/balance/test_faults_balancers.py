@@ -24,7 +24,14 @@ APART = {"AGM", "ARL", "CGGM", "Greedy", "InfoReg", "MMPareto", "OGM", "OGM_GE",
 """Balancers that change the gradients of each encoder separately."""
 
 
-@pytest.mark.parametrize("disturbance", DISTURBANCES)
+CONTAINED = ("SkippedBatch", "Checkpoint", "TwoForwards", "ZeroedStep")
+"""Disturbances that are part of others: SkippedNan, CheckpointTwoForwards and ZeroedFrozenHead."""
+
+
+@pytest.mark.parametrize(
+    "disturbance",
+    [pytest.param(kind, marks=[pytest.mark.slow] if kind in CONTAINED else []) for kind in DISTURBANCES],
+)
 @pytest.mark.parametrize("name", sorted(BALANCERS))
 def test_disturbed_loop_gives_the_same_weights(name, disturbance):
     result = outcome(name, disturbance)

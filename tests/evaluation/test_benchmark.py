@@ -149,11 +149,11 @@ def test_pointing_against_explicit_attention(scenes):
 
 def test_generative_model_is_evaluated_with_and_without_its_image(scenes):
     asker = build_vlm()
-    result = evaluate(asker.model, asker.processor, scenes, samples=16)
+    result = evaluate(asker.model, asker.processor, scenes, samples=8)
     assert {"accuracy", "accuracy_shuffled", "accuracy_blank", "caption_f1"} <= set(result)
     assert 0 < result["chance/color"] < 1
     assert 0 <= result["pointing/shape"] <= 1
-    assert result == evaluate(asker.model, asker.processor, scenes, samples=16)
+    assert result == evaluate(asker.model, asker.processor, scenes, samples=8)
 
 
 def test_blank_image_has_the_mean_gray_level(scenes, monkeypatch):
