@@ -284,3 +284,10 @@ def test_documentation_page_runs(model_folder, tmp_path, monkeypatch, capsys):
 
 def test_test_processor_is_saved_completely(model_folder):
     assert type(load_pretrained(model_folder).processor) is type(build_processor())
+
+
+def test_errors_name_the_caller(tmp_path):
+    with pytest.raises(DataError, match=r"^evaluate: expected a folder with config.json"):
+        load_pretrained(tmp_path, who="evaluate")
+    with pytest.raises(ConfigError, match=r"^evaluate dtype: "):
+        load_pretrained(tmp_path, dtype="float3", who="evaluate")

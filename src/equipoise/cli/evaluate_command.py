@@ -148,7 +148,7 @@ def _evaluate_questions(options: Namespace, name: str, folder: Path) -> int:
     rows: Any = table if options.limit is None else table.select(range(min(options.limit, len(table))))
     source = Path(options.data)
     with out.status("loading the model"):
-        model, processor = load_pretrained(options.model, dtype=options.dtype, device=options.device)
+        model, processor = load_pretrained(options.model, dtype=options.dtype, device=options.device, who="evaluate")
     with counted_progress("evaluating", "replies", out) as progress:
         result = evaluate_questions(
             model, processor, list(rows), score=options.score, metric=options.metric, template=options.template,

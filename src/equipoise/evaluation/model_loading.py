@@ -42,7 +42,7 @@ def load_for_benchmark(
     if data == "minimal_pairs":
         data = matching_benchmark(source)
     if data == "scenes":
-        return load_pretrained(source, dtype=dtype, device=device)
+        return load_pretrained(source, dtype=dtype, device=device, who="evaluate")
     hf = import_transformers("evaluate")
     model = load_model(getattr(hf, DUAL_ENCODER_CLASS), str(source), "evaluate", pooled=True)
     processor = _from_pretrained(hf.AutoProcessor, source, "the files of the processor next to the model")
@@ -56,7 +56,7 @@ def load_for_benchmark(
             got=f"one of {vocabulary_size} in '{source}'",
             fix="Save the model's tokenizer there with tokenizer.save_pretrained(folder).",
         )
-    return LoadedModel(model.to(pick_device(device)).eval(), processor)
+    return LoadedModel(model.to(pick_device(device, "evaluate")).eval(), processor)
 
 
 def _from_pretrained(cls: Any, source: str | Path, expected: str) -> Any:

@@ -32,9 +32,9 @@ class LoadedModel(NamedTuple):
 
 def load_pretrained(
     source: str | Path, *, random: bool = False, revision: str | None = None,
-    dtype: str | torch.dtype | None = None, device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None, device: str | torch.device | None = None, who: str = "look",
 ) -> LoadedModel:  # fmt: skip
-    """Loads a decoder-only model and its processor.
+    """Loads a generative model, decoder-only or an encoder-decoder, and its processor.
 
     Weights are loaded from safetensors only, and code from the hub is never run.
 
@@ -45,6 +45,7 @@ def load_pretrained(
         revision: branch, tag or commit on the hub.
         dtype: dtype of the weights; by default that of the file, and float32 for random weights.
         device: by default the accelerator if one is available, otherwise the CPU.
+        who: caller that errors name.
 
     Returns:
         LoadedModel.
@@ -58,14 +59,14 @@ def load_pretrained(
         Traceback (most recent call last):
         equipoise.errors.ConfigError: look dtype: expected auto, float32, bfloat16 or float16, got 'float3'.
     """
-    hf = import_transformers("look")
-    weight_dtype, target = model_dtype(dtype), pick_device(device)
+    hf = import_transformers(who)
+    weight_dtype, target = model_dtype(dtype, who), pick_device(device, who)
     source = str(source)
     options: dict[str, Any] = {"trust_remote_code": False}
     if revision is not None:
         options["revision"] = revision
-    config = _load(lambda: hf.AutoConfig.from_pretrained(source, **options), source, "config.json")
-    cls = load_generative(hf, config)
+    config = _load(lambda: hf.AutoConfig.from_pretrained(source, **options), source, "config.json", who)
+    cls = load_generative(hf, config, who)
     if random:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(SEED)
@@ -74,21 +75,21 @@ def load_pretrained(
         model, info = _load(
             lambda: cls.from_pretrained(
                 source, dtype=weight_dtype, use_safetensors=True, output_loading_info=True, **options
-            ), source, "config.json and model.safetensors",
+            ), source, "config.json and model.safetensors", who,
         )  # fmt: skip
-        check_missing_weights(model, info["missing_keys"], source, "look")
+        check_missing_weights(model, info["missing_keys"], source, who)
     model = model.to(target).eval()
     try:
         files = "the files of a tokenizer or processor"
-        return LoadedModel(model, _load(lambda: load_processor(hf, source, config, options), source, files))
+        return LoadedModel(model, _load(lambda: load_processor(hf, source, config, options, who), source, files, who))
     except DataError:
         if not random:
             raise
         return LoadedModel(model, DummyProcessor(model))
 
 
-def load_generative(hf: Any, config: Any) -> Any:
-    """Returns the auto class that builds a decoder-only model from a configuration.
+def load_generative(hf: Any, config: Any, who: str) -> Any:
+    """Returns the auto class that builds a generative model from a configuration.
 
     Raises:
         ConfigError: no class supports it.
@@ -102,12 +103,12 @@ def load_generative(hf: Any, config: Any) -> Any:
         ):
             return cls
     raise ConfigError(
-        "look", expected="a generative model with images, audio or text, such as LLaVA, Whisper or Llama",
+        who, expected="a generative model with images, audio or text, such as LLaVA, Whisper or Llama",
         got=f"model type '{config.model_type}'", fix="Use eq.watch(model) for other models.",
     )  # fmt: skip
 
 
-def load_processor(hf: Any, source: str, config: Any, options: dict[str, Any]) -> Any:
+def load_processor(hf: Any, source: str, config: Any, options: dict[str, Any], who: str) -> Any:
     """Loads the processor, without its video processor if only that requires a package that is not installed."""
     try:
         return hf.AutoProcessor.from_pretrained(source, **options)
@@ -117,7 +118,7 @@ def load_processor(hf: Any, source: str, config: Any, options: dict[str, Any]) -
         cls: Any = PROCESSOR_MAPPING.get(type(config), None)
         if cls is None or "video_processor" not in cls.get_attributes():
             raise ConfigError(
-                "look", expected="the packages that the processor of this model requires", got=summarize_error(error),
+                who, expected="the packages that the processor of this model requires", got=summarize_error(error),
                 fix="Install the missing package.",
             ) from error  # fmt: skip
         return _without_video(hf, cls, source, options)
@@ -142,17 +143,17 @@ def _without_video(hf: Any, cls: Any, source: str, options: dict[str, Any]) -> A
     return ProcessorWithoutVideo.from_args_and_dict(parts, settings)
 
 
-def model_dtype(dtype: str | torch.dtype | None) -> Any:
+def model_dtype(dtype: str | torch.dtype | None, who: str) -> Any:
     """Converts a name to a torch dtype or ``"auto"``, the default."""
     dtypes = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype is None or isinstance(dtype, torch.dtype):
         return dtype or "auto"
     if dtype not in dtypes:
-        raise ConfigError("look dtype", expected="auto, float32, bfloat16 or float16", got=repr(dtype))
+        raise ConfigError(f"{who} dtype", expected="auto, float32, bfloat16 or float16", got=repr(dtype))
     return dtypes[dtype]
 
 
-def pick_device(device: str | torch.device | None) -> torch.device:
+def pick_device(device: str | torch.device | None, who: str) -> torch.device:
     """Returns the device; by default the accelerator if one is available, otherwise the CPU."""
     if device is None:
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
@@ -162,12 +163,12 @@ def pick_device(device: str | torch.device | None) -> torch.device:
         torch.empty(0, device=target)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(
-            "look device", expected="an available device, such as cpu or cuda", got=repr(str(device))
+            f"{who} device", expected="an available device, such as cpu or cuda", got=repr(str(device))
         ) from error
     return target
 
 
-def _load(load_files: Any, source: str, files: str) -> Any:
+def _load(load_files: Any, source: str, files: str, who: str) -> Any:
     """Calls ``load_files`` and converts its errors to DataError."""
     try:
         return load_files()
@@ -181,6 +182,6 @@ def _load(load_files: Any, source: str, files: str) -> Any:
             if is_folder else "Check the name and the connection to the hub, or give a local folder."
         )  # fmt: skip
         raise DataError(
-            "look", expected=f"{'a folder' if is_folder else 'a folder or a name on the hub'} with {files}",
+            who, expected=f"{'a folder' if is_folder else 'a folder or a name on the hub'} with {files}",
             got=f"'{source}' ({summarize_error(error)})", fix=fix,
         ) from error  # fmt: skip
