@@ -12,7 +12,8 @@ from helpers.steps import attention_model
 from helpers.tolerance import TOL
 from helpers.umt import build_teachers
 
-pytestmark = pytest.mark.distributed
+# test_distributed_balancers.py has every balancer in two processes, with default options.
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 WORLD, EPOCHS, STEPS, SIZE = 2, 3, 2, 5
 EXACT = TOL[torch.float64]
 MADE = {

@@ -73,7 +73,7 @@ def expected_median(scores, target, draws=200):
     return np.median(ranks, axis=1).mean()
 
 
-@pytest.mark.parametrize("kind", ["clip", "siglip", "blip2"])
+@pytest.mark.parametrize("kind", ["clip", pytest.param("siglip", marks=pytest.mark.slow), "blip2"])
 def test_metrics_match_the_model_logits(emoji, kind):
     model, processor = getattr(small_published, kind)(), small_published.Processor()
     shown = ProcessedDataset(emoji, processor, pad_to_limit=kind == "siglip")

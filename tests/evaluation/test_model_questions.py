@@ -110,7 +110,7 @@ def with_choices(rows):
     return [{**row, "choices": NAMES} for row in rows]
 
 
-@pytest.mark.parametrize("score", ["likelihood", "generated"])
+@pytest.mark.parametrize("score", ["likelihood", pytest.param("generated", marks=pytest.mark.slow)])
 def test_verdict_matches_planted_behavior(trained_models, score):
     rows = with_choices(build_samples()) if score == "likelihood" else build_samples()
     conditions = ("given", "blank", "other", "hidden", "none") if score == "likelihood" else ("given", "hidden", "none")
