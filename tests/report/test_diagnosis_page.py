@@ -95,7 +95,7 @@ def test_verdict_is_first_and_links_are_valid(deep_diagnosis):
 
 
 def test_identifiers_are_unique(deep_diagnosis, static_diagnosis, three_modality_diagnosis):
-    for found in ((deep_diagnosis, static_diagnosis, three_modality_diagnosis), (static_diagnosis, static_diagnosis)):
+    for found in ((deep_diagnosis, static_diagnosis, three_modality_diagnosis), (deep_diagnosis, deep_diagnosis)):
         result = re.findall(r'\bid="([^"]+)"', page(*found))
         assert len(result) == len(set(result))
 
