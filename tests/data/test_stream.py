@@ -6,6 +6,7 @@ import warnings
 import datasets
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
@@ -14,6 +15,7 @@ import equipoise as eq
 from equipoise.data import load_dataset, loader
 from equipoise.data.sets.manifest import ManifestDataset
 from equipoise.data.sets.stream import StreamDataset
+from equipoise.data.streams.stream_splits import StreamSplits
 from equipoise.errors import ConfigError, DataError
 from helpers.bad_tables import BAD, STREAMED
 
@@ -125,6 +127,17 @@ def test_repeated_and_resumed_batches(tmp_path):
     later = loader(data, "train", 16, **options)
     later.sampler.resume_at(0, 7)
     assert [b["index"].tolist() for b in later] == batches[7:]
+
+
+@pytest.mark.parametrize("blank", [None, " "])
+def test_rows_without_a_group_are_groups_of_their_own(blank):
+    block = pa.table({"who": pa.array([blank] * 60 + ["ann"] * 20, pa.string())})
+    splits = StreamSplits([""], column=None, group="who", folds=5, fold=0, seed=0)
+    assigned = splits.assign("", block, np.arange(80))
+    assert set(assigned[:60].tolist()) == {0, 1, 2}
+    assert len(set(assigned[60:].tolist())) == 1
+    alone = StreamSplits([""], column=None, group=None, folds=5, fold=0, seed=0).assign("", block, np.arange(80))
+    assert (assigned[:60] == alone[:60]).all()
 
 
 def test_splits_by_hash_and_group(tmp_path):

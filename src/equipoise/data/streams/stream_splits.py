@@ -11,6 +11,7 @@ import torch
 
 from ...errors import ConfigError, DataError
 from ..counter_rng import CounterRNG
+from ..tables.column_pairs import is_blank
 from ..tables.row_splits import NAMES
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ class StreamSplits:
     Args:
         parts: names of the splits of the source; one without a name is all rows.
         column: column of the split, or None.
-        group: column of the group, or None.
+        group: column of the group, or None. A row without a value is a group of its own.
         folds, fold, seed: of the assignment.
 
     Raises:
@@ -83,7 +84,7 @@ class StreamSplits:
         result = np.full(len(rows), SPLITS.index(own))
         if own != "train" or not self._parts:
             return result
-        keys = rows if self.group is None else _group_keys(block.column(self.group).to_pylist())
+        keys = rows if self.group is None else _group_keys(block.column(self.group).to_pylist(), rows)
         draws = CounterRNG(self._seed, 0, torch.from_numpy(keys), "stream").uniform("split", 1)[:, 0].numpy()
         parts = np.minimum((draws * self._folds).astype(int), self._folds - 1)
         for number, name in self._parts.items():
@@ -99,9 +100,13 @@ def _known(part: str) -> str:
     return name
 
 
-def _group_keys(groups: list[object]) -> np.ndarray:
+def _group_keys(groups: list[object], rows: np.ndarray) -> np.ndarray:
+    """Returns a number for each group; a row without one has that of the row."""
     known = {
         group: int.from_bytes(hashlib.blake2b(group.encode(), digest_size=7).digest(), "big")
         for group in set(map(str, groups))
     }
-    return np.array([known[str(group)] for group in groups], dtype=np.int64)
+    return np.array(
+        [row if is_blank(group) else known[str(group)] for group, row in zip(groups, rows.tolist(), strict=True)],
+        dtype=np.int64,
+    )
